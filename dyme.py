@@ -1,0 +1,1098 @@
+"""DyME: teach a small vision-language model to think, by dynamic memorization and exploration.
+
+A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and Exploration" (Liu,
+Deng, Chen; ICLR 2026; arXiv 2506.23061). It reads in the order the data flows: settings, model, prompts,
+rollout, switch, loss, the training step, the run. The paper itself is `train_step` and what it calls;
+examples and rewards are in reward.py.
+
+    python dyme.py                                        # a tiny VLM on toy charts: minutes on a laptop CPU
+    python dyme.py --mode grpo --seed 1                   # a baseline on the same path
+    python dyme.py --model SmolVLM-256M --data chartqa    # the real thing, on a GPU
+    python dyme.py --resume --out runs/NAME               # go on after Ctrl-C or a crash
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from reward import (COLORS, FLAG, Example, UserError, judge, load_data, summarise, thinking_f1, toy_examples,
+                    toy_lessons, verify)
+
+
+class DivergedError(Exception):
+    """Training cannot go on; the last checkpoint is kept."""
+
+
+# ---- Settings: every field is a flag, the comment beside it its help -----------------------------
+
+
+@dataclass
+class Config:
+    """All settings of a run; the values here are the toy preset, `REAL` holds what differs for other data."""
+
+    model: str = "tiny"  # tiny, a short name (SmolVLM-256M, ...), a hub id or a local directory
+    data: str = "toy"  # toy, chartqa, a "ChartQA Dataset" folder or zip, or your own .json/.jsonl rows
+    mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
+    out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
+    steps: int = 300  # optimisation steps
+    epochs: float = 0.0  # passes over the data at --prompts a step; if above 0, it sets --steps
+    prompts: int = 8  # prompts in an optimisation step (sft takes prompts x generations targets)
+    generations: int = 8  # K, the responses sampled for a prompt
+    micro_batch: int = 64  # prompts per forward pass: lower saves memory, the gradient is the same
+    max_new_tokens: int = 48  # length limit of a sampled response
+    temperature: float = 1.0  # sampling temperature
+    sft_steps: int = 100  # two-stage: steps of SFT before GRPO
+    lr: float = 0.0  # peak learning rate (0: by mode)
+    warmup: int = 10  # steps of linear warm-up, before linear decay to zero
+    thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t
+    format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
+    beta: float = 0.0  # weight of KL(p || p_ref) in grpo and two-stage (Eq. 3); loads the model twice
+    released_code: bool = False  # do as the authors' release where it departs from the paper (see README)
+    seed: int = 0  # data order and sampling; on the CPU it makes a run reproducible
+    traces: str = "low"  # toy: quality of the thinking traces, high, medium or low (ungrounded values)
+    hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
+    augmented: bool = False  # chartqa: train on the machine-written questions too
+    image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less means fewer tiles
+    train_vision: bool = False  # train the vision tower too (frozen in the paper)
+    eval_every: int = 100  # steps between evaluations on held-out rows (0: only before and after)
+    eval_rows: int = 512  # held-out rows in an evaluation
+    save_every: int = 100  # steps between checkpoints (0: only at the end)
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # replace the run in --out
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+
+
+# The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
+REAL = dict(epochs=10.0, prompts=32, micro_batch=2, max_new_tokens=300, warmup=50, sft_steps=500,
+            eval_every=200, eval_rows=200)
+LEARNING_RATES = {"toy": dict(dyme=3e-4, grpo=3e-4, sft=3e-4) | {"two-stage": 3e-4},
+                  "real": dict(dyme=8e-5, grpo=1e-5, sft=1e-5) | {"two-stage": 1e-5}}
+CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
+CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message} (--help shows all flags)")
+
+
+def build_parser() -> Parser:
+    """Turn the fields of Config into flags, with the comments beside them as help."""
+    parser = Parser(__doc__)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for f in dataclasses.fields(Config):
+        real = f"; {REAL[f.name]:g} for real data" if f.name in REAL else ""
+        shown = f" [{f.default}{real}]" if f.default not in ("", False) or real else ""
+        options = dict(default=argparse.SUPPRESS, help=(comments[f.name] + shown).replace("%", "%%"))
+        if f.type is bool:
+            options["action"] = "store_true"
+        elif f.name in CHOICES:
+            options["choices"] = CHOICES[f.name]
+        else:
+            options |= {"type": f.type, "metavar": {str: "X", int: "N", float: "F"}[f.type]}
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Read the command line: preset by data, then flags, then (with --resume) the run's own settings."""
+    given = vars(build_parser().parse_args(argv))
+    toy = given.get("data", Config.data) == "toy"
+    preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
+    cfg = Config(**(preset | given))
+    name = f"{Path(cfg.model).name}-{Path(cfg.data).stem}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
+    cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
+    if cfg.resume:
+        saved = read_config(Path(cfg.out))
+        for key in given.keys() - CHANGEABLE_ON_RESUME:
+            if given[key] != saved.get(key):
+                raise UserError(f"--{key.replace('_', '-')} {given[key]}: the run has {saved.get(key)} and a "
+                                "resumed run keeps its settings; start a new one with another --out")
+        changes = {key: given[key] for key in given.keys() & CHANGEABLE_ON_RESUME}
+        cfg = Config(**(saved | changes | {"out": cfg.out}))
+    check_config(cfg)
+    return cfg
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Read a run's `config.json`. Raises UserError if there is none."""
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{run}: is not a run folder (no readable config.json)") from None
+
+
+def check_config(cfg: Config) -> None:
+    """Refuse values that cannot work, naming the flag."""
+    lowest = {"generations": 2, "temperature": 1e-6, "lr": 1e-12}
+    lowest |= dict.fromkeys(("prompts", "micro_batch", "max_new_tokens", "steps", "eval_rows"), 1)
+    for f in dataclasses.fields(cfg):
+        if f.type not in (int, float):
+            continue
+        name, low = f.name, lowest.get(f.name, 0)
+        if not low <= getattr(cfg, name) < math.inf:
+            why = " (a group needs two responses for an advantage, Eq. 2)" if name == "generations" else ""
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {low}{why}")
+    if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
+        raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
+    if (cfg.hints or cfg.augmented) and cfg.data.endswith((".json", ".jsonl", "toy")):
+        raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
+    if cfg.model == "tiny" and cfg.data != "toy":
+        raise UserError("--model tiny only reads the toy charts; choose another, such as SmolVLM-256M")
+
+
+# ---- Model: a policy is a model, its processor, and the ids that end a response ------------------
+
+MODELS = {
+    "SmolVLM-256M": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "SmolVLM-500M": "HuggingFaceTB/SmolVLM-500M-Instruct",
+    "SmolVLM-2.2B": "HuggingFaceTB/SmolVLM-Instruct",
+    "SmolVLM2-256M": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+    "SmolVLM2-500M": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    "SmolVLM2-2.2B": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "LLaVA-OV-0.5B": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "InternVL3-1B": "OpenGVLab/InternVL3-1B-hf",
+    "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct",
+}
+
+
+@dataclass
+class Policy:
+    """A model to train or evaluate, with what is needed to talk to it."""
+
+    model: torch.nn.Module
+    processor: Any
+    end_ids: list[int]  # every id that ends a response: the model's, the tokenizer's, the template's
+    pad_id: int
+    device: torch.device
+    image_edge: int = 0
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Half precision for forward passes on CUDA, over float32 weights; full precision elsewhere."""
+        cuda = self.device.type == "cuda"
+        return torch.autocast("cuda", dtype=half_precision()) if cuda else contextlib.nullcontext()
+
+
+def half_precision() -> torch.dtype:
+    """bfloat16 where the GPU computes in it, float16 (with a gradient scaler) on older ones."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def select_device(name: str) -> torch.device:
+    """Resolve `--device`. Raises UserError if this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
+    """Load a short name, a hub id, a model directory or a run folder. Raises UserError if it cannot."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    run = Path(name) / "checkpoint"
+    source = str(run) if run.is_dir() else MODELS.get(name, name)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except ImportError as error:
+        package = next((p for p in ("torchvision", "num2words") if p in str(error).lower()), None)
+        needs = f"needs a package: pip install {package}" if package else " ".join(str(error).split())
+        raise UserError(f"--model {name}: {needs}") from None
+    except Exception as error:  # loaders raise many kinds, and all mean the same to the user
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {name}: cannot be loaded: {reason} (give a hub id, a directory, or one of "
+                        f"{', '.join(MODELS)})") from None
+    if info["missing_keys"]:
+        raise UserError(f"--model {name}: has no weights for {sorted(info['missing_keys'])[0]}")
+    return make_policy(model.to(device), processor, device, image_edge)
+
+
+def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
+    """Find what ends a response and set the processor up. Raises UserError without a chat template."""
+    name, tokenizer = model.name_or_path or "the model", getattr(processor, "tokenizer", processor)
+    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+        raise UserError(f"{name} has no chat template; use the instruct version")
+    tokenizer.padding_side = "left"  # a prompt must end where its response begins
+    image_processor = getattr(processor, "image_processor", None)
+    if image_edge and "longest_edge" in (getattr(image_processor, "size", None) or {}):
+        image_processor.size = {**image_processor.size, "longest_edge": image_edge}
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    end_ids = sorted({tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None})
+    if not end_ids:
+        raise UserError(f"{name}: neither tokenizer, generation config nor chat template names an end token")
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # eval() for good, dropout off: responses are trained under the distribution they were sampled from.
+    return Policy(model.eval(), processor, end_ids, pad_id, device, image_edge)
+
+
+def freeze_vision(model: torch.nn.Module) -> None:
+    """Stop gradients to the vision tower; the connector from it to the language model stays trained."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("vision_model", "vision_tower", "visual"):
+            module.requires_grad_(False)
+            if hasattr(module, "merger"):  # Qwen keeps its connector inside the tower
+                module.merger.requires_grad_(True)
+
+
+# ---- Prompts and targets: the model's own chat template renders both -----------------------------
+
+PROMPT = ("Answer the question below. Think step by step before you answer. When you are ready to answer, "
+          'use the format "Answer: .."\n\nQuestion: {question}')
+
+
+def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
+    """Render a user's prompt, and perhaps the assistant's response, with the chat template."""
+    content = [{"type": "image"}] * has_image + [{"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    if response is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+
+
+def end_of_turn(processor: Any) -> int | None:
+    """The id with which the chat template ends the assistant's turn, None if it writes none."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tail = render(processor, "question", False, "response").rpartition("response")[2].strip()
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+
+
+def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> list[int]:
+    """Ids of a target: what the template renders after the generation prompt, cut behind its end token.
+
+    Training on the template's own rendering, and on the end token, is what lets a response stop.
+    """
+    before = render(policy.processor, prompt, has_image)
+    full = render(policy.processor, prompt, has_image, response)
+    if not full.startswith(before):
+        raise UserError("the model's chat template does not continue the prompt that it renders")
+    ids, prefix, rest = (policy.tokenizer(text, add_special_tokens=False).input_ids
+                         for text in (full, before, full[len(before):]))
+    ids = ids[len(prefix):] if ids[:len(prefix)] == prefix else rest
+    ends = [i for i, token in enumerate(ids) if token in policy.end_ids]
+    return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]
+
+
+def reference_response(example: Example) -> str:
+    """What is memorized (Eq. 1): the trace and the answer line, or the answer line alone without a trace."""
+    return "\n".join(filter(None, [example.hint, f"{FLAG} {example.answer}"]))
+
+
+def encode_prompts(policy: Policy, examples: list[Example], room: int,
+                   prompt: str = PROMPT) -> dict[str, Tensor]:
+    """Process a batch of prompts: ids and mask (P, L), padded left, and image tensors, on the device.
+
+    Raises UserError naming a row whose image cannot be read, or that leaves no `room` for the response.
+    """
+    texts = [render(policy.processor, prompt.format(question=e.question), bool(e.image)) for e in examples]
+    images = [[shrink(e.image(), policy.image_edge)] if e.image else [] for e in examples]
+    bos = policy.tokenizer.bos_token
+    inputs = policy.processor(text=texts, images=images if any(images) else None, padding=True,
+                              return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
+    for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if length + room > limit:
+            raise UserError(f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
+                            f"model's context of {limit}; lower --image-edge or --max-new-tokens")
+    return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+
+
+def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
+    """Limit the longest edge to that many pixels; 0 leaves the image as it is."""
+    if longest_edge:
+        image.thumbnail((longest_edge, longest_edge))
+    return image
+
+
+# ---- Rollout: a prompt is encoded once, images included; its K branches share the cache ----------
+
+
+@dataclass
+class Prefix:
+    """Prompts that have been through the model: all that their continuations need."""
+
+    cache: Any  # keys and values, batch P
+    logits: Tensor  # (P, V) float32, for the first token of the response
+    mask: Tensor  # (P, L) 1 for real tokens, 0 for the padding on the left
+    rope_deltas: Tensor | None = None  # (P, 1), Qwen-VL only: offset from token counts to positions
+
+
+def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
+    """Run prompts and images through the model once; with gradients enabled, the cache carries them."""
+    core = model.model
+    if hasattr(core, "rope_deltas"):
+        core.rope_deltas = None  # else a batch without images would inherit the last batch's
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    return Prefix(out.past_key_values, out.logits[:, -1].float(), inputs["attention_mask"],
+                  getattr(core, "rope_deltas", None))
+
+
+def branch(prefix: Prefix, rows: Tensor) -> Prefix:
+    """Start continuations from prompts `rows: (N,)`, each as often as it occurs; uses up the prefix's cache.
+
+    This is why K responses cost one prompt: keys and values are copied, and the copies' gradients add up.
+    """
+    for layer in prefix.cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+    deltas = None if prefix.rope_deltas is None else prefix.rope_deltas[rows]
+    return Prefix(prefix.cache, prefix.logits[rows], prefix.mask[rows], deltas)
+
+
+def extend(model: torch.nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Append `ids: (N, T)` to a prefix, in place; the logits behind each of them, (N, T, V) float32."""
+    prefix.mask = torch.cat([prefix.mask, prefix.mask.new_ones(ids.shape)], dim=1)
+    positions = None  # the model counts on from the cache; padding on the left cancels in relative positions
+    if prefix.rope_deltas is not None:
+        positions = (prefix.mask.cumsum(1) - 1)[:, -ids.shape[1]:] + prefix.rope_deltas
+        positions = positions.expand(3, -1, -1)
+    return model(input_ids=ids, attention_mask=prefix.mask, position_ids=positions,
+                 past_key_values=prefix.cache, use_cache=True).logits.float()
+
+
+@dataclass
+class Rollout:
+    """Sampled responses as raw ids: they are trained as they are, never decoded and tokenized again."""
+
+    ids: Tensor  # (N, T)
+    mask: Tensor  # (N, T) 1 up to and including the end token
+    finished: Tensor  # (N,) bool: an end token came before the length limit
+    entropy: Tensor  # (N, T) of the distributions sampled from, in nats
+
+
+def keyed_uniforms(seed: int, step: int, prompts: list[int], generations: int, tokens: int) -> Tensor:
+    """Random numbers in [0, 1), (P*K, T), that depend on (seed, step, prompt, k) and not on batch shape."""
+    keys = [[seed, step, prompt, k] for prompt in prompts for k in range(generations)]
+    return torch.from_numpy(np.stack([np.random.default_rng(key).random(tokens, np.float32) for key in keys]))
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sample tokens (N,) by inverting the distribution of `logits: (N, V)` at `uniform: (N,)`.
+
+    Also returns its entropy, (N,). Temperature 0 is greedy.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniform)
+    logp = F.log_softmax(logits / temperature, dim=-1)
+    cdf = logp.exp().cumsum(-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return token.clamp(max=logits.shape[1] - 1), -(logp.exp() * logp.clamp(min=-100)).sum(-1)
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, prefix: Prefix, uniforms: Tensor, end_ids: list[int], pad_id: int,
+           temperature: float) -> Rollout:
+    """Sample a response per row of a branched prefix, to its end token or the end of `uniforms: (N, T)`."""
+    ends, limit = torch.tensor(end_ids, device=uniforms.device), uniforms.shape[1]
+    alive = torch.ones(len(uniforms), dtype=torch.bool, device=uniforms.device)
+    logits, ids, masks, entropies = prefix.logits, [], [], []
+    for t in range(limit):
+        token, entropy = draw(logits, uniforms[:, t], temperature)
+        ids.append(token.where(alive, pad_id))
+        masks.append(alive)
+        entropies.append(entropy)
+        alive = alive & ~torch.isin(token, ends)
+        if t + 1 == limit or not alive.any():
+            break
+        logits = extend(model, prefix, ids[-1][:, None])[:, -1]
+    return Rollout(torch.stack(ids, 1), torch.stack(masks, 1).long(), ~alive, torch.stack(entropies, 1))
+
+
+def rollout(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor, temperature: float) -> Rollout:
+    """Sample K = N / P responses for each of P prompts, with `uniforms: (N, T)`."""
+    prompts = len(inputs["input_ids"])
+    rows = torch.arange(prompts, device=policy.device).repeat_interleave(len(uniforms) // prompts)
+    with torch.no_grad(), policy.autocast():
+        prefix = branch(encode_prefix(policy.model, inputs), rows)
+        return sample(policy.model, prefix, uniforms.to(policy.device), policy.end_ids, policy.pad_id,
+                      temperature)
+
+
+def decode(policy: Policy, rollouts: list[Rollout]) -> tuple[list[list[int]], list[str], list[bool]]:
+    """Rollouts as lists over responses: their ids, their texts without the end token, whether they ended."""
+    ids = [row[mask.bool()].tolist() for r in rollouts for row, mask in zip(r.ids, r.mask, strict=True)]
+    texts = [policy.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+    return ids, texts, [bool(f) for r in rollouts for f in r.finished]
+
+
+# ---- Score, advantages, switch: the heart of the paper -------------------------------------------
+
+
+@dataclass
+class Groups:
+    """P groups of K sampled and scored responses."""
+
+    ids: list[list[int]]  # P*K responses, end token included
+    texts: list[str]  # P*K
+    finished: list[bool]  # P*K
+    correct: Tensor  # (P, K) r_a in {0, 1}
+    thinking: Tensor  # (P, K) r_t in [0, 1]
+    in_format: Tensor  # (P, K) r_f in {0, 1}
+    rewards: Tensor  # (P, K) r = r_a + w_t r_t + w_f r_f
+
+
+def score(policy: Policy, rollouts: list[Rollout], examples: list[Example], thinking_weight: float,
+          format_weight: float) -> Groups:
+    """Verify all responses and compare their thinking with the reference trace (r_t is 0 without one)."""
+    ids, texts, finished = decode(policy, rollouts)
+    generations = len(texts) // len(examples)
+    owners = [e for e in examples for _ in range(generations)]
+    verdicts = [verify(text, e, f) for text, e, f in zip(texts, owners, finished, strict=True)]
+    parts = torch.tensor([[v.correct, thinking_f1(text, e.hint) if e.hint else 0.0, v.in_format]
+                          for text, e, v in zip(texts, owners, verdicts, strict=True)], dtype=torch.float32)
+    correct, thinking, in_format = parts.view(-1, generations, 3).unbind(2)
+    rewards = correct + thinking_weight * thinking + format_weight * in_format
+    return Groups(ids, texts, finished, correct, thinking, in_format, rewards)
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4, sample_std: bool = False) -> Tensor:
+    """Eq. 2: standardise `rewards: (P, K)` within groups by the population std (`sample_std`: the release's).
+
+    A group without variance gets exactly 0: its advantages have collapsed, it has nothing to teach.
+    """
+    std = rewards.std(1, keepdim=True, correction=int(sample_std))
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (std + eps)
+    return advantages.masked_fill(no_variance(rewards)[:, None], 0.0)
+
+
+def no_variance(rewards: Tensor) -> Tensor:
+    """Collapse detection: which groups of `rewards: (P, K)` are all alike, (P,) bool."""
+    return rewards.amax(1) == rewards.amin(1)
+
+
+def choose_mode(correct: Tensor) -> Tensor:
+    """Eq. 6, the switch: does a prompt explore, as one of its responses is right? (P, K) r_a to (P,) bool."""
+    return correct.amax(1) == 1
+
+
+@dataclass
+class Sequence:
+    """A response to train on: a sampled one with its advantage, or a target, with advantage 1 (Eq. 4-5)."""
+
+    prompt: int  # its place in the step
+    ids: list[int]
+    weight: float  # its factor in the loss: A / (K P) for a sampled response, 1 / P for a target
+    explore: bool
+
+
+def exploration_sequences(ids: list[list[int]], advantages: Tensor, explore: Tensor,
+                          keep_zeros: bool = False) -> list[Sequence]:
+    """Sampled responses of the prompts that explore; `advantages: (P, K)`, `explore: (P,)`.
+
+    Advantage 0 teaches nothing: leaving it out saves its forward pass (a KL term needs it: `keep_zeros`).
+    """
+    prompts, generations = advantages.shape
+    return [Sequence(i // generations, ids[i], a / (generations * prompts), True)
+            for i, a in enumerate(advantages.flatten().tolist())
+            if explore[i // generations] and (a != 0 or keep_zeros)]
+
+
+def memorization_sequences(policy: Policy, examples: list[Example], explore: Tensor,
+                           weight: float) -> list[Sequence]:
+    """Ground-truth responses of the prompts that do not explore."""
+    targets = [target_ids(policy, PROMPT.format(question=e.question), bool(e.image), reference_response(e))
+               for e in examples]
+    return [Sequence(p, ids, weight, False) for p, ids in enumerate(targets) if not explore[p]]
+
+
+# ---- Loss: exploration and memorization in one sum -----------------------------------------------
+
+
+def completion_logprobs(model: torch.nn.Module, prefix: Prefix, rows: Tensor, ids: Tensor,
+                        temperature: Tensor) -> Tensor:
+    """Log-probs (N, T) of continuations `ids: (N, T)` of the prompts `rows: (N,)`, at `temperature: (N,)`."""
+    branched = branch(prefix, rows)
+    logits = branched.logits[:, None]
+    if ids.shape[1] > 1:
+        logits = torch.cat([logits, extend(model, branched, ids[:, :-1])], dim=1)
+    return F.log_softmax(logits / temperature[:, None, None], dim=-1).gather(2, ids[:, :, None]).squeeze(2)
+
+
+def policy_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, explore: Tensor) -> Tensor:
+    """Eq. 7 and 8 as one sum over sequences: `logprobs, mask: (N, T)`, `weights: (N,)`, `explore: (N,)` bool.
+
+    A sampled response contributes -rho A (Eq. 7). With one update per rollout rho is 1, so a clip would not
+    bind, and its gradient is that of A log p. A target contributes -log p (Eq. 1), the same with A = 1
+    (Eq. 4-5). Tokens are averaged per sequence; the means over K and over prompts are in the weights.
+    """
+    rho = torch.exp(logprobs - logprobs.detach())
+    return -(weights * token_mean(torch.where(explore[:, None], rho, logprobs), mask)).sum()
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values: (N, T)` over each row's real tokens, (N,)."""
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """KL(p || p_ref) of Eq. 3 per token, from log-probs of sampled tokens (Schulman's k3: r - 1 - log r)."""
+    return torch.exp(reference - logprobs) - (reference - logprobs) - 1
+
+
+def pad_right(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack id lists as (N, T), with their mask."""
+    rows = [torch.tensor(s, device=device) for s in sequences]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(rows, padding_value=pad_id), pad([torch.ones_like(row) for row in rows])
+
+
+# ---- One training step: sample, score, choose the mode, take the loss ----------------------------
+
+
+@dataclass
+class Trainer:
+    """What a step changes (policy, optimiser, scaler) and what it needs."""
+
+    cfg: Config
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    reference: torch.nn.Module | None = None  # frozen copy of the policy for the KL term
+    failures: int = 0  # steps in a row whose gradient was not finite
+
+
+def train_step(trainer: Trainer, examples: list[Example], step: int, method: str,
+               lr: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take a step by `method` (dyme, grpo or sft) on P prompts; its metrics, and its first group in full."""
+    cfg, policy, prompts, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
+    laps = Stopwatch(policy.device)
+    chunks = [range(i, min(i + cfg.micro_batch, prompts)) for i in range(0, prompts, cfg.micro_batch)]
+    inputs = [encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks]
+    explore = torch.zeros(prompts, dtype=torch.bool)
+    rollouts, sequences, groups, advantages = [], [], None, None
+    if method != "sft":
+        for x, chunk in zip(inputs, chunks, strict=True):
+            uniforms = keyed_uniforms(cfg.seed, step, list(chunk), K, cfg.max_new_tokens)
+            rollouts.append(rollout(policy, x, uniforms, cfg.temperature))
+        laps("sampling")
+        groups = score(policy, rollouts, examples, cfg.thinking_weight, cfg.format_weight)
+        advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
+        if cfg.released_code:
+            advantages[groups.correct.amin(1) == 1] = 0.0
+        explore = choose_mode(groups.correct) if method == "dyme" else ~explore  # Eq. 6
+        sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
+        laps("scoring")
+    share = 1 / K if cfg.released_code and method == "dyme" else 1.0
+    sequences += memorization_sequences(policy, examples, explore, weight=share / prompts)
+    metrics = {"step": step, "method": method, "lr": lr, "empty_steps": int(not sequences)}
+    if sequences:
+        metrics |= accumulate_gradients(trainer, inputs, chunks, sequences)  # Eq. 7 and 8
+        metrics |= apply_gradients(trainer, metrics["loss"], lr)
+    laps("update")
+    metrics |= step_metrics(rollouts, groups, explore, sequences) | laps.seconds
+    metrics["tokens_per_s"] = metrics["tokens"] / sum(laps.seconds.values())
+    metrics["peak_memory_gib"] = peak_memory_gib(policy.device)
+    return metrics, {"step": step} | first_group(policy, examples[0], groups, advantages, sequences)
+
+
+def accumulate_gradients(trainer: Trainer, inputs: list[dict[str, Tensor]], chunks: list[range],
+                         sequences: list[Sequence]) -> dict[str, float]:
+    """Backward through every chunk with something to train on; the loss and KL of the whole step.
+
+    The weights hold the step's own denominators, so any chunking gives the same gradient.
+    """
+    cfg, policy, total = trainer.cfg, trainer.policy, {"loss": 0.0, "kl": 0.0}
+    for x, chunk in zip(inputs, chunks, strict=True):
+        chosen = [s for s in sequences if s.prompt in chunk]
+        if not chosen:
+            continue
+        rows = [s.prompt - chunk.start for s in chosen]
+        logprobs, mask, explore = sequence_logprobs(policy, policy.model, x, rows, chosen, cfg.temperature)
+        weights = torch.tensor([s.weight for s in chosen], device=policy.device)
+        loss = policy_loss(logprobs, mask, weights, explore)
+        if trainer.reference is not None and chosen[0].explore:
+            with torch.no_grad():
+                frozen, *_ = sequence_logprobs(policy, trainer.reference, x, rows, chosen, cfg.temperature)
+            kl = token_mean(kl_estimate(logprobs, frozen), mask).sum() / (cfg.generations * chunks[-1].stop)
+            loss, total["kl"] = loss + cfg.beta * kl, total["kl"] + kl.item()
+        trainer.scaler.scale(loss).backward()
+        total["loss"] += loss.item()
+    return total
+
+
+def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: list[int],
+                      sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and mask (N, T) of sequences on a chunk's prompts `rows`, and which explore, (N,).
+
+    Sampled responses are taken at the sampling temperature, targets at 1.
+    """
+    ids, mask = pad_right([s.ids for s in sequences], policy.pad_id, policy.device)
+    explore = torch.tensor([s.explore for s in sequences], device=policy.device)
+    with policy.autocast():
+        prefix = encode_prefix(model, inputs)
+        logprobs = completion_logprobs(model, prefix, torch.tensor(rows, device=policy.device), ids,
+                                       torch.where(explore, temperature, 1.0))
+    return logprobs, mask, explore
+
+
+def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
+    """Clip the gradient to norm 1 and step; if loss or gradient is not finite, change nothing.
+
+    Raises DivergedError after ten such steps in a row, not counting a float16 scaler's search for its scale.
+    """
+    optimizer, scaler = trainer.optimizer, trainer.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite or scaler.is_enabled():  # the scaler skips by itself, and must see that it has to
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    searching = scaler.is_enabled() and scaler.get_scale() >= 1
+    trainer.failures = 0 if finite else trainer.failures + (not searching)
+    if trainer.failures == 10:
+        raise DivergedError("ten steps in a row had a loss or gradient that was not finite; try a lower --lr")
+    return {"grad_norm": norm, "skipped_steps": int(not finite)}
+
+
+def bar_interval() -> float:
+    """Seconds between updates of a progress bar: often on a terminal, rarely in a log."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
+class Stopwatch:
+    """Seconds between calls, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"], self.last = now - self.last, now
+
+
+def step_metrics(rollouts: list[Rollout], groups: Groups | None, explore: Tensor,
+                 sequences: list[Sequence]) -> dict[str, Any]:
+    """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
+    targets = [len(s.ids) for s in sequences if not s.explore]
+    metrics = {"memorized": 1 - explore.float().mean().item(), "tokens": sum(targets)}
+    metrics["target_length"] = sum(targets) / len(targets) if targets else None
+    if groups:
+        tokens = sum(map(len, groups.ids))
+        metrics |= {
+            "reward": groups.rewards.mean().item(), "reward_thinking": groups.thinking.mean().item(),
+            "reward_format": groups.in_format.mean().item(), "accuracy": groups.correct.mean().item(),
+            "none_correct": 1 - choose_mode(groups.correct).float().mean().item(),
+            "no_variance": no_variance(groups.rewards).float().mean().item(),
+            "entropy": sum((r.entropy * r.mask).sum().item() for r in rollouts) / tokens,
+            "truncated": 1 - sum(groups.finished) / len(groups.ids),
+            "response_length": tokens / len(groups.ids), "tokens": tokens,
+        }
+    return metrics
+
+
+def first_group(policy: Policy, example: Example, groups: Groups | None, advantages: Tensor | None,
+                sequences: list[Sequence]) -> dict[str, Any]:
+    """A step's first prompt in full, for `samples.jsonl`."""
+    target = next((s.ids for s in sequences if s.prompt == 0 and not s.explore), None)
+    parts = {"r_a": groups.correct, "r_t": groups.thinking, "advantage": advantages} if groups else {}
+    return {"name": example.name, "question": example.question, "answer": example.answer,
+            "facts": example.facts, "mode": "memorization" if target else "exploration",
+            "target": target and policy.tokenizer.decode(target, skip_special_tokens=True).strip(),
+            "responses": [{"text": groups.texts[k], "finished": groups.finished[k]}
+                          | {name: round(part[0, k].item(), 4) for name, part in parts.items()}
+                          for k in range(groups.correct.shape[1])] if groups else []}
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return None
+
+
+# ---- Evaluation: answers to held-out rows --------------------------------------------------------
+
+
+def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, samples: int = 0,
+            temperature: float = 1.0, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Answer rows greedily, or with `samples` draws each, and yield a judged prediction per response."""
+    for start in tqdm(range(0, len(examples), batch), "answering", ncols=80, leave=False,
+                      disable=None if len(examples) > batch else True):
+        part = examples[start:start + batch]
+        inputs = encode_prompts(policy, part, max_new_tokens)
+        places = list(range(start, start + len(part)))
+        uniforms = keyed_uniforms(seed, 0, places, samples or 1, max_new_tokens)
+        rolled = rollout(policy, inputs, uniforms, temperature if samples else 0.0)
+        for i, (ids, text, finished) in enumerate(zip(*decode(policy, [rolled]), strict=True)):
+            yield judge(part[i // (samples or 1)], text, finished) | {"length": len(ids)}
+
+
+# ---- A run is a folder ---------------------------------------------------------------------------
+
+
+def prepare_run(cfg: Config) -> Path:
+    """Make or check the run folder; an existing run is never touched unless asked. Raises UserError."""
+    run = Path(cfg.out)
+    try:
+        holds_run = (run / "config.json").exists()
+        if holds_run and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
+        if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"--out {run}: is not empty and not a run; name another folder")
+        run.mkdir(parents=True, exist_ok=True)
+        if not cfg.resume:
+            for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
+                shutil.rmtree(run / name, ignore_errors=True)
+            for file in run.glob("*.jsonl"):
+                file.unlink()
+            write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        elif (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
+            (run / "checkpoint.old").rename(run / "checkpoint")  # a crash fell between a save's two moves
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+    return run
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one move: a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line; numbers that are not finite become null."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a line cut short by a crash is left out, a missing file is empty."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
+    """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
+    new, old, final = run / "checkpoint.tmp", run / "checkpoint.old", run / "checkpoint"
+    shutil.rmtree(new, ignore_errors=True)
+    trainer.policy.model.save_pretrained(new)
+    trainer.policy.processor.save_pretrained(new)
+    torch.save({"step": step, "failures": trainer.failures, "optimizer": trainer.optimizer.state_dict(),
+                "scaler": trainer.scaler.state_dict()}, new / "training_state.pt")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(run: Path, trainer: Trainer) -> int:
+    """Restore optimiser and scaler, and return the step to go on with.
+
+    No random state is kept: sampling and data order are functions of (seed, step).
+    """
+    file = run / "checkpoint" / "training_state.pt"
+    state = torch.load(file, map_location=trainer.policy.device, weights_only=True)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.failures = state["failures"]
+    return state["step"]
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def make_trainer(cfg: Config, policy: Policy, base: str) -> Trainer:
+    """Set up optimiser and scaler for the parameters that train, and the reference model if KL needs one."""
+    reference = load_policy(base, policy.device).model.requires_grad_(False) if cfg.beta else None
+    if not cfg.train_vision:
+        freeze_vision(policy.model)
+    cuda = policy.device.type == "cuda"
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr,
+                                  weight_decay=0.01, fused=cuda)
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=cuda and half_precision() == torch.float16)
+    return Trainer(cfg, policy, optimizer, scaler, reference)
+
+
+def stage(cfg: Config, step: int) -> tuple[str, float]:
+    """Method and learning rate of a step: warm-up, then linear decay to zero, in each stage of the run."""
+    method, first, last = cfg.mode, 0, cfg.steps
+    if cfg.mode == "two-stage":
+        early = step < cfg.sft_steps
+        method, first, last = ("sft", 0, cfg.sft_steps) if early else ("grpo", cfg.sft_steps, cfg.steps)
+    warmup = min(cfg.warmup, (last - first) // 2)
+    rise, fall = (step - first + 1) / (warmup + 1), (last - step) / (last - first - warmup)
+    return method, cfg.lr * min(rise, fall, 1.0)
+
+
+def step_rows(cfg: Config, step: int, rows: int) -> list[int]:
+    """Rows of a step, a function of (seed, step): every epoch in a new order; sft takes K times as many."""
+    sft_steps = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
+    start = cfg.prompts * (step - sft_steps + cfg.generations * sft_steps)
+    count = cfg.prompts * (cfg.generations if stage(cfg, step)[0] == "sft" else 1)
+    orders = {epoch: np.random.default_rng([cfg.seed, epoch]).permutation(rows)
+              for epoch in range(start // rows, (start + count - 1) // rows + 1)}
+    return [int(orders[i // rows][i % rows]) for i in range(start, start + count)]
+
+
+@contextlib.contextmanager
+def finish_step_on_interrupt() -> Iterator[list[int]]:
+    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(cfg: Config) -> None:
+    """Carry out a run: load, evaluate, train, evaluate, and say where everything is."""
+    device = select_device(cfg.device)
+    rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
+                      for split in ("train", "val"))
+    held_out = held_out[::max(1, len(held_out) // cfg.eval_rows)][:cfg.eval_rows]
+    cfg.steps = math.ceil(cfg.epochs * len(rows) / cfg.prompts) or cfg.steps
+    if cfg.mode == "two-stage" and not 0 < cfg.sft_steps < cfg.steps:
+        raise UserError(f"--sft-steps {cfg.sft_steps}: must lie between 0 and the run's {cfg.steps} steps")
+    run = prepare_run(cfg)
+    base = str(tiny_base(run.parent / "tiny-base", device)) if cfg.model == "tiny" else cfg.model
+    resumed = (run / "checkpoint").exists()
+    trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
+    step = load_checkpoint(run, trainer) if resumed else 0
+    for file, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_jsonl(run / f"{file}.jsonl")
+                 if row["step"] <= kept and resumed]
+        write_atomically(run / f"{file}.jsonl", "".join(lines))
+    print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
+          f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
+    if step == 0:
+        evaluate(trainer, held_out, run, step)
+    if not train_loop(trainer, rows, held_out, run, step):
+        print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+        raise KeyboardInterrupt
+    report(cfg, run)
+
+
+def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], run: Path, first: int) -> bool:
+    """Take the steps from `first` on, with evaluations and checkpoints in between; False if interrupted."""
+    cfg = trainer.cfg
+    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.mode, ncols=80, mininterval=bar_interval(),
+               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}")
+    with bar, finish_step_on_interrupt() as interrupted:
+        for step in range(first, cfg.steps):
+            method, lr = stage(cfg, step)
+            try:
+                examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
+                metrics, group = train_step(trainer, examples, step, method, lr)
+            except UserError:
+                save_checkpoint(run, trainer, step)  # an unusable row must not cost the steps before it
+                raise
+            append_row(run / "metrics.jsonl", metrics)
+            append_row(run / "samples.jsonl", group)
+            shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
+            bar.set_postfix({shown[key]: f"{metrics[key]:.3g}" for key in shown if key in metrics})
+            bar.update()
+            done = step + 1
+            if done == cfg.steps or interrupted or (cfg.save_every and done % cfg.save_every == 0):
+                save_checkpoint(run, trainer, done)
+            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
+                evaluate(trainer, held_out, run, done)
+            if interrupted and done < cfg.steps:
+                return False
+    return True
+
+
+def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) -> None:
+    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; averages go to `evaluations.jsonl`."""
+    cfg = trainer.cfg
+    predictions = list(respond(trainer.policy, held_out, cfg.max_new_tokens, max(8, cfg.micro_batch)))
+    summary = summarise(predictions)
+    write_atomically(run / f"held-out-{step}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    append_row(run / "evaluations.jsonl", {"step": step} | summary)
+    tqdm.write(f"step {step}: held-out accuracy {summary['strict']:.3f}, "
+               f"answers in the format {summary['in_format']:.3f}")
+
+
+def report(cfg: Config, run: Path) -> None:
+    """Print three held-out answers with their thinking, accuracy before and after, and what to run next."""
+    for p in read_jsonl(run / f"held-out-{cfg.steps}.jsonl")[:3]:
+        verdict = "right" if p["strict"] else "wrong"
+        print(f"\n{p['question']} (answer {p['answer']}; this response is {verdict})")
+        print(textwrap.indent(p["response"], "    "))
+    before, *_, after = read_jsonl(run / "evaluations.jsonl")
+    print(f"\nheld-out accuracy: {before['strict']:.3f} before, {after['strict']:.3f} after {cfg.steps} "
+          f"steps of {cfg.mode} ({after['rows']} rows, greedy, only answers in the format count)")
+    print(f"everything is in {run}; next: python eval.py --model {shlex.quote(str(run))}")
+
+
+# ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
+
+TINY_RECIPE = dict(seed=0, steps=500, batch=64, lr=3e-3, warmup=50, flagged=0.02)
+
+
+def tiny_base(folder: Path, device: torch.device) -> Path:
+    """Make the base model of the toy, once, and keep it in `folder` for all modes and seeds."""
+    recipe = json.dumps(TINY_RECIPE)
+    with contextlib.suppress(OSError):
+        if (folder / "recipe.json").read_text() == recipe:
+            return folder
+    r = argparse.Namespace(**TINY_RECIPE)
+    policy = make_policy(build_tiny_model(r.seed).to(device), build_tiny_processor(), device)
+    lessons = toy_lessons(r.seed, r.batch * r.steps, r.flagged, PROMPT)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01)
+    for step in tqdm(range(r.steps), "making the tiny base model", ncols=80, mininterval=bar_interval()):
+        batch = list(itertools.islice(lessons, r.batch))
+        inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
+        targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
+                   for i, (example, response) in enumerate(batch)]
+        rows = list(range(r.batch))
+        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, rows, targets, 1.0)
+        policy_loss(logprobs, mask, torch.full_like(logprobs[:, 0], 1 / r.batch), explore).backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = r.lr * min((step + 1) / r.warmup, 1 - 0.9 * step / r.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    policy.model.save_pretrained(new)
+    policy.processor.save_pretrained(new)
+    (new / "recipe.json").write_text(recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    return folder
+
+
+def build_tiny_model(seed: int) -> torch.nn.Module:
+    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
+    # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=64, patch_size=16, initializer_range=0.08)
+    text = dict(model_type="llama", vocab_size=len(tiny_vocabulary()), hidden_size=96, intermediate_size=256,
+                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+                max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
+        text_config=text, **ids), dtype=torch.float32)
+
+
+TINY_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
+                "<image>", "<global-img>"]
+TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
+
+
+def tiny_vocabulary() -> dict[str, int]:
+    """All words of the toy's prompts, lessons and traces, behind the special tokens."""
+    examples = toy_examples("train", "high")[:50]
+    texts = ["User:", "Assistant:", PROMPT.format(question=""), *COLORS, *map(str, range(19))]
+    texts += [text for e in examples for text in (e.question, reference_response(e))]
+    texts += [text for e, response in toy_lessons(0, 200, 0.5, PROMPT) for text in (e.question, response)]
+    words = {word for text in texts for word in re.findall(TINY_WORD, f"{text}\n {text}")}
+    return {word: i for i, word in enumerate(TINY_SPECIAL + sorted(words))}
+
+
+def build_tiny_processor() -> Any:
+    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.idefics3 import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    backend = Tokenizer(models.WordLevel(tiny_vocabulary(), unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TINY_WORD), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
+        additional_special_tokens=TINY_SPECIAL[2:])
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": 64},
+                                       max_image_size={"longest_edge": 64})
+    template = (
+        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
+        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}")
+    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
+
+
+def run_main(program: Callable[[], None]) -> int:
+    """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; lower --micro-batch, --image-edge, --max-new-tokens or --generations",
+              file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(lambda: train(parse_config())))

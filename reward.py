@@ -1,0 +1,570 @@
+"""Examples and rewards: what a question comes with, and how a response to it is judged.
+
+The first half is rule-based verification and the thinking reward, on plain text; the second half makes the
+examples: your own rows, ChartQA with traces from its tables, and the toy charts. No tensors, no model.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import operator
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit code 2."""
+
+
+@dataclass
+class Example:
+    """One row. `hint` is the reference thinking trace, `facts` the visual facts I_c as text."""
+
+    question: str
+    answer: str
+    image: Callable[[], Image.Image] | None = None
+    hint: str | None = None
+    facts: str | None = None
+    source: str = ""  # where a score is reported separately: human or augmented questions
+    name: str = ""  # for messages: the file and row it came from
+
+
+# ---- Parsing a response --------------------------------------------------------------------------
+
+FLAG = "Answer:"
+NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+
+
+@dataclass
+class Verdict:
+    """What rule-based verification says of one response."""
+
+    correct: bool  # r_a of Eq. 6: parsed, ended by an end token, and equal to the example's answer
+    answer: str | None  # the parsed answer, None if the response is not in the format
+    in_format: bool  # exactly one flag, something after it, and an end token
+
+
+def split_response(text: str) -> tuple[str, list[str]]:
+    """Cut a response at its `Answer:` flags (any case): the thinking, then the text behind each flag."""
+    thinking, *answers = re.split(re.escape(FLAG), text, flags=re.IGNORECASE)
+    return thinking.strip(), [answer.strip() for answer in answers]
+
+
+def verify(completion: str, example: Any, finished: bool = True, tolerance: float = 0.0) -> Verdict:
+    """Judge a response (without its end token) against `example.answer`, by rules alone.
+
+    The answer is what follows exactly one flag, to the end. `finished` says that an end token was sampled: a
+    response cut off by the length limit is wrong, for `Answer: 1` may have been on its way to 12. Formatting
+    is forgiven (`answers_match`), a wrong value never. Tolerance 0 is that of the released training reward.
+    """
+    _, answers = split_response(completion)
+    if not finished or len(answers) != 1 or not answers[0]:
+        return Verdict(correct=False, answer=None, in_format=False)
+    return Verdict(answers_match(answers[0], str(example.answer), tolerance), answers[0], in_format=True)
+
+
+def final_answer(completion: str) -> str:
+    """The text behind the last flag, else the whole text: what the *official* accuracy looks at."""
+    thinking, answers = split_response(completion)
+    return answers[-1] if answers else thinking
+
+
+# ---- Comparing answers ---------------------------------------------------------------------------
+
+
+def relaxed_match(prediction: str, target: str, tolerance: float = 0.05) -> bool:
+    """ChartQA's official relaxed accuracy (Masry et al., 2022, after Methani et al., 2020).
+
+    Two numbers match within `tolerance` of the *target*, a percent string standing for its fraction (`42%` is
+    0.42); a target of zero and everything else must be equal as text, apart from case.
+    """
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            return None
+
+    prediction, target = prediction.strip(), target.strip()
+    p, t = number(prediction), number(target)
+    if p is not None and t:
+        return abs(p - t) <= tolerance * abs(t)
+    return prediction.lower() == target.lower()
+
+
+def answers_match(prediction: str, target: str, tolerance: float = 0.0) -> bool:
+    """Equality that forgives formatting ("1,234", "$42", "42 %", a final full stop) but never a wrong value.
+
+    A target such as "[Cape Verde, 5]" is a list: the prediction, with or without brackets, must have the same
+    elements in the same order.
+    """
+    prediction, target = _strip(prediction), _strip(target)
+    if target.startswith("[") and target.endswith("]"):
+        wanted, given = _list_items(target), _list_items(prediction)
+        return len(wanted) == len(given) and all(map(answers_match, given, wanted, [tolerance] * len(given)))
+    p, t = _number(prediction), _number(target)
+    if p is None or t is None:
+        return " ".join(prediction.lower().split()) == " ".join(target.lower().split())
+    (p_value, p_percent), (t_value, t_percent) = p, t
+    as_fractions = p_value / (100 if p_percent else 1), t_value / (100 if t_percent else 1)
+    # "42 %" for "42" is formatting (charts give the unit on the axis); "42%" for "0.42" is the same value.
+    return _close(p_value, t_value, tolerance) or _close(*as_fractions, tolerance)
+
+
+def _close(prediction: float, target: float, tolerance: float) -> bool:
+    return abs(prediction - target) <= max(tolerance, 1e-9) * abs(target)
+
+
+def _strip(text: str) -> str:
+    """Drop what surrounds an answer: spaces, quotes, Markdown emphasis, a final full stop."""
+    text = text.replace("\u2212", "-").strip(" \t\r\n\"'`*")
+    return text.removesuffix(".").rstrip(" \"'`*")
+
+
+def _number(text: str) -> tuple[float, bool] | None:
+    """Read "-$1,234.5 %" as (-1234.5, is a percentage); None if the text is anything but one number."""
+    match = re.fullmatch(rf"([-+]?)\s*[$€£¥]?\s*([-+]?)({NUMBER})\s*(%?)", text)
+    if not match or (match[1] and match[2]):
+        return None
+    sign = -1 if "-" in (match[1], match[2]) else 1
+    return sign * float(match[3].replace(",", "")), bool(match[4])
+
+
+def parse_number(text: str) -> float | None:
+    """Value of a text that is one number, however formatted ("$1,234", "42 %" as 42), else None."""
+    number = _number(_strip(text))
+    return number and number[0]
+
+
+def _list_items(text: str) -> list[str]:
+    """Split "[a, b]" or "a, b"; commas without a space separate only if none has one ("1,234, 5")."""
+    text = text.removeprefix("[").removesuffix("]")
+    return re.split(r",\s+" if re.search(r",\s", text) else ",", text)
+
+
+# ---- Scoring the thinking ------------------------------------------------------------------------
+
+
+def thinking_f1(trace: str, reference: str) -> float:
+    """r_t of Pure DyME: bag-of-tokens F1 of two thinking traces, each taken up to its flag, in [0, 1]."""
+    given, wanted = (Counter(re.findall(rf"{NUMBER}|\w+", split_response(text)[0].lower()))
+                     for text in (trace, reference))
+    overlap = (given & wanted).total()
+    return 2 * overlap / (given.total() + wanted.total()) if overlap else 0.0
+
+
+def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, int]:
+    """Count the numbers a trace quotes: (those among the visual facts or derived from them, all).
+
+    A number is derived if the trace writes correct arithmetic on grounded numbers, such as `3 + 4 = 7`.
+    Numbers that the question itself gives are not quoted from the image and do not count.
+    """
+    known = {_value(n) for n in re.findall(NUMBER, facts)}
+    given = {_value(n) for n in re.findall(NUMBER, question)} - known
+    known |= {_value(result) for result in _derived(thinking, known | given)}
+    quoted = [n for n in map(_value, re.findall(NUMBER, thinking)) if n not in given]
+    return sum(n in known for n in quoted), len(quoted)
+
+
+def _value(text: str) -> float:
+    return round(float(text.replace(",", "")), 6)
+
+
+def _derived(thinking: str, known: set[float]) -> list[str]:
+    """Results of the equations in a trace whose operands are known, in the order written."""
+    found = []
+    known = set(known)
+    operand = rf"[(\s]*(?:{NUMBER})%?[)\s]*"
+    for left, right in re.findall(rf"((?:{operand}[-+*/×÷−])+{operand})=\s*({NUMBER})", thinking):
+        left = left.translate(str.maketrans("×÷−", "*/-", "%,"))
+        counts = {_value(n) for n in re.findall(rf"/\s*({NUMBER})", left)}  # an average divides by a count
+        if {_value(n) for n in re.findall(NUMBER, left)} - counts <= known:
+            value = _arithmetic(left.strip())
+            if value is not None and abs(value - _value(right)) <= 0.01 * max(1.0, abs(value)):
+                known.add(_value(right))
+                found.append(right)
+    return found
+
+
+def _arithmetic(expression: str) -> float | None:
+    """Value of `+ - * /` on plain numbers, else None; the text is parsed, never executed."""
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                 ast.Div: operator.truediv}
+
+    def value(node: ast.AST) -> float:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return float(node.value)
+        raise ValueError("not arithmetic")
+
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        return None
+
+
+# ---- Judging held-out responses ------------------------------------------------------------------
+
+
+def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
+    """Judge a held-out response: *strict* wants the format, *official* takes whatever stands last."""
+    verdict = verify(response, example, finished, tolerance=0.05)
+    grounded, quoted = groundedness(split_response(response)[0], example.facts or "", example.question)
+    return {"name": example.name, "source": example.source, "question": example.question,
+            "answer": example.answer, "response": response, "parsed": verdict.answer,
+            "strict": verdict.correct, "official": relaxed_match(final_answer(response), example.answer),
+            "in_format": verdict.in_format, "finished": finished,
+            "grounded_numbers": grounded if example.facts else 0, "quoted_numbers": quoted if example.facts else 0}
+
+
+def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Average judged responses; `official` is the mean over sources (ChartQA: human and augmented)."""
+    def mean(key: str, rows: list[dict[str, Any]] = predictions) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    sources = {source: [p for p in predictions if p["source"] == source]
+               for source in sorted({p["source"] for p in predictions})}
+    official = {f"official_{source}": mean("official", rows) for source, rows in sources.items()}
+    quoted = mean("quoted_numbers")
+    return {"strict": mean("strict"), "official": sum(official.values()) / len(official),
+            **(official if len(official) > 1 else {}), "in_format": mean("in_format"),
+            "finished": mean("finished"), "length": mean("length"),
+            "groundedness": mean("grounded_numbers") / quoted if quoted else None, "rows": len(predictions)}
+
+
+# ---- Examples from files -------------------------------------------------------------------------
+
+
+def load_data(data: str, split: str, traces: str = "low", augmented: bool = False,
+              hints: str = "") -> list[Example]:
+    """Load a split (train, val or test) of what `--data` names. Raises UserError if it cannot be used."""
+    path = Path(data)
+    if data == "toy":
+        return toy_examples(split, traces)
+    if path.suffix in (".json", ".jsonl"):
+        return read_rows(path, split)
+    examples = read_chartqa(find_chartqa(data), split, augmented, hints)
+    if not examples:
+        raise UserError(f"--data {data}: the split {split} has no usable row")
+    return examples
+
+
+def read_rows(path: Path, split: str) -> list[Example]:
+    """Read your own rows {question, answer, image?, hint?, facts?}: a tenth is held back as val, test is all.
+
+    Raises UserError naming the file and the row that cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {path}: cannot be read ({error})") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"--data {path}: holds no list of rows {{question, answer, image?, hint?, facts?}}")
+    examples, groups = [], []
+    for i, row in enumerate(rows, 1):
+        name, row = f"{path} row {i}", row if isinstance(row, dict) else {}
+        question, answer, image = (row.get(key) for key in ("question", "answer", "image"))
+        if not all(isinstance(x, str | int | float) and str(x).strip() for x in (question, answer)):
+            raise UserError(f"{name}: needs a non-empty `question` and `answer`")
+        if not all(isinstance(row.get(key), str | None) for key in ("image", "hint", "facts")):
+            raise UserError(f"{name}: `image`, `hint` and `facts` must be text where given")
+        opener = image_opener(path.parent / image, name) if image else None
+        examples.append(Example(str(question), str(answer).strip(), opener, row.get("hint") or None,
+                                row.get("facts"), name=name))
+        groups.append(image or str(question))
+    return examples if split == "test" else hold_back(examples, groups, split, str(path))
+
+
+def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
+    """Return what decodes an image, on disk or in a zip, as RGB, after a look at its header.
+
+    Raises UserError naming the row, now or when it is decoded.
+    """
+    def open_image(header_only: bool = False) -> Image.Image:
+        try:
+            with path.open("rb") as file:
+                image = Image.open(file)
+                return image if header_only else image.convert("RGB")
+        except Exception as error:  # decoders raise many kinds, and all mean the same to the user
+            reason = type(error).__name__
+            raise UserError(f"{name}: the image {path.name} is missing or unreadable ({reason})") from None
+
+    open_image(header_only=True)
+    return open_image
+
+
+def hold_back(examples: list[Example], groups: list[str], split: str, source: str) -> list[Example]:
+    """Split off a tenth of the groups (rows of one image stay together) as val where a data set has none."""
+    order = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
+    if len(order) < 2:
+        raise UserError(f"--data {source}: needs two different images or questions, one to be held out")
+    val = set(order[:max(1, len(order) // 10)])
+    return [e for e, group in zip(examples, groups, strict=True) if (group in val) == (split == "val")]
+
+
+CHARTQA = dict(repo_id="ahmed-masry/ChartQA", filename="ChartQA Dataset.zip", repo_type="dataset",
+               revision="af8b6f5c08c95085271561c2a3f9d15f2b5a9031")
+
+
+def find_chartqa(data: str) -> Any:
+    """Find the folder that holds train/, val/ and test/: downloaded (875 MB), local, or inside a zip."""
+    if data == "chartqa":
+        from huggingface_hub import hf_hub_download
+        try:
+            data = hf_hub_download(**CHARTQA)
+        except Exception as error:  # the client raises many kinds, and all mean the same to the user
+            page = f"https://huggingface.co/datasets/{CHARTQA['repo_id']}"
+            raise UserError(f"--data chartqa: the download failed ({type(error).__name__}); get "
+                            f"\"{CHARTQA['filename']}\" from {page} and give its path with --data") from None
+    try:
+        root = zipfile.Path(data) if Path(data).is_file() else Path(data)
+    except zipfile.BadZipFile:
+        raise UserError(f"--data {data}: is not a zip, nor a .json/.jsonl file, nor a folder") from None
+    for candidate in (root, root / "ChartQA Dataset"):
+        if any((candidate / split).is_dir() for split in ("train", "val", "test")):
+            return candidate
+    raise UserError(f"--data {data}: not found; give toy, chartqa, a .json/.jsonl file, or a folder or zip "
+                    "that holds train/, val/ and test/ as ChartQA does")
+
+
+def read_chartqa(root: Any, split: str, augmented: bool, hints_file: str) -> list[Example]:
+    """Read a ChartQA split, with facts and trace from each chart's table; say what cannot be used."""
+    hints, notes, examples, images = read_hints(hints_file), Counter(), [], []
+    part = split if (root / split).is_dir() else "train"
+    for kind in ("human", "augmented") if augmented or split != "train" else ("human",):
+        file = root / part / f"{part}_{kind}.json"
+        try:
+            rows = json.loads(file.read_bytes().decode("utf-8")) if file.exists() else []
+        except ValueError as error:
+            raise UserError(f"{file}: is not valid JSON ({error})") from None
+        for i, row in enumerate(rows, 1):
+            name, row = f"{file.name} row {i}", row if isinstance(row, dict) else {}
+            if not all(isinstance(row.get(key), str) for key in ("imgname", "query", "label")):
+                raise UserError(f"{name}: needs `imgname`, `query` and `label` as text")
+            image, question, answer = row["imgname"], row["query"].strip(), row["label"].strip()
+            if PurePosixPath(image).name != image or "\\" in image:
+                raise UserError(f"{name}: the image name {image!r} points outside its folder")
+            if not question or not answer:
+                notes[f"skipped for an empty question or answer (the first: {name})"] += 1
+                continue
+            table = read_table(root / part / "tables" / f"{Path(image).stem}.csv")
+            hint = hints.get((question, answer)) if hints_file else chart_trace(table, question, answer)
+            notes["without a trace, which can be explored but only memorized as an answer line"] += not hint
+            opener = image_opener(root / part / "png" / image, name)
+            examples.append(Example(question, answer, opener, hint, table_facts(table) or None, kind, name))
+            images.append(image)
+    if part != split:
+        examples = hold_back(examples, images, split, str(root))
+    said = "".join(f"; {count} {what}" for what, count in notes.items() if count)
+    print(f"chartqa {split}: {len(examples)} rows{said}")
+    return examples
+
+
+def read_hints(file: str) -> dict[tuple[str, str], str]:
+    """Read a released trace file as {(question, answer): trace}, without pairs that have several traces."""
+    traces: dict[tuple[str, str], set[str]] = {}
+    try:
+        for row in json.loads(Path(file).read_text(encoding="utf-8")) if file else []:
+            traces.setdefault((row["question"].strip(), str(row["answer"]).strip()), set()).add(row["hint"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"is not a JSON list of {{question, answer, hint}} ({error!r})"
+        raise UserError(f"--hints {file}: {reason}") from None
+    return {pair: found.pop() for pair, found in traces.items() if len(found) == 1}
+
+
+# ---- Thinking traces from a chart's table --------------------------------------------------------
+
+
+def read_table(path: Any) -> list[list[str]]:
+    """Read a chart's CSV table; empty if there is none or it has no values."""
+    if not path.exists():
+        return []
+    rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig", errors="replace"))))
+    return [[cell.strip() for cell in row] for row in rows if len(row) > 1]
+
+
+def table_facts(table: list[list[str]]) -> str:
+    """Write a table as visual facts I_c, a line per row: `Finland: Trust in news = 62%, ...`."""
+    return "\n".join(f"{row[0]}: " + ", ".join(f"{column} = {cell}" for column, cell in
+                                               zip(table[0][1:], row[1:], strict=False)) for row in table[1:])
+
+
+def relevant_cells(table: list[list[str]], question: str, answer: str,
+                   most: int = 8) -> list[tuple[str, str, str]]:
+    """Pick cells (row, column, value) whose labels the question names, those that hold the answer first."""
+    words = set(re.findall(r"\w+", question.lower()))
+
+    def named(labels: list[str]) -> list[int]:
+        label_words = [set(re.findall(r"\w+", label.lower())) for label in labels]
+        found = [i for i, w in enumerate(label_words, 1) if w and len(words & w) >= len(w) / 2]
+        return found or list(range(1, len(labels) + 1))
+
+    rows, columns = named([row[0] for row in table[1:]]), named(table[0][1:])
+    cells = [(table[r][0], table[0][c], table[r][c]) for r in rows for c in columns if c < len(table[r])]
+    hold_answer = [any(answers_match(part, answer) for part in cell) for cell in cells]
+    chosen = sorted(range(len(cells)), key=lambda i: not hold_answer[i])[:most]
+    return [cells[i] for i in sorted(chosen)]
+
+
+def chart_trace(table: list[list[str]], question: str, answer: str) -> str | None:
+    """Make a Goal / Observation / Reasoning / Conclusion trace quoting relevant cells; None without any."""
+    cells = relevant_cells(table, question, answer) if len(table) > 1 else []
+    if not cells:
+        return None
+    observed = ", ".join(f"{row} ({column}) = {value}" for row, column, value in cells)
+    return (f"Goal: {question}\nObservation: The chart shows {observed}.\n"
+            f"Reasoning: {explain(cells, answer)}\nConclusion: The answer is {answer}.")
+
+
+def explain(cells: list[tuple[str, str, str]], answer: str) -> str:
+    """Say how the answer follows from the cells: read off, one arithmetic step, or a comparison."""
+    for row, column, value in cells:
+        if answers_match(value, answer) or answers_match(row, answer) or answers_match(column, answer):
+            return f"Among these, {row} ({column}) with {value} is the one asked for."
+    numbers = [(v.rstrip("%"), n) for _, _, v in cells if (n := parse_number(v)) is not None]
+    wanted = parse_number(answer)
+    if wanted is not None and numbers:
+        texts, values = zip(*numbers, strict=True)
+        total, count = " + ".join(texts), len(texts)
+        steps = [(total, sum(values)), (f"({total}) / {count}", sum(values) / count)]
+        for (a, x), (b, y) in itertools.permutations(numbers, 2):
+            steps += [(f"{a} + {b}", x + y), (f"{a} - {b}", x - y), (f"{a} / {b}", x / y if y else math.nan),
+                      (f"({a} + {b}) / 2", (x + y) / 2)]
+        for working, value in steps:
+            if abs(value - wanted) <= 0.005 * abs(wanted):
+                return f"{working} = {answer}."
+    return "Comparing these values gives the answer."
+
+
+# ---- The toy: bar charts with known values -------------------------------------------------------
+
+COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00", "purple": "#823cb4",
+          "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
+TOY_SPLITS = {"train": (0, 512), "val": (512, 512), "test": (1024, 1024)}  # the first chart, and how many
+TOY_QUESTIONS = {
+    "value": "What is the value of {a}?", "sum": "What is the sum of {a} and {b}?",
+    "difference": "What is the difference between {a} and {b}?",
+    "tallest": "Which bar is the tallest?", "shortest": "Which bar is the shortest?",
+}
+UNGROUNDED = {"high": 0.0, "medium": 0.25, "low": 0.5}  # share of traces that quote values not in the image
+
+
+@dataclass
+class Chart:
+    """A toy bar chart: four bars of different colours, and of different heights from 1 to 9."""
+
+    values: dict[str, int]  # by colour, from left to right
+
+    def draw(self) -> Image.Image:
+        """Draw 64 x 64 pixels, five to a unit of height, with each bar's initial below it."""
+        image = Image.new("RGB", (64, 64), "white")
+        pen = ImageDraw.Draw(image)
+        for i, (name, value) in enumerate(self.values.items()):
+            pen.rectangle((16 * i + 2, 51 - 5 * value, 16 * i + 13, 51), fill=COLORS[name])
+            pen.text((16 * i + 5, 52), name[0].upper(), fill="black")
+        return image
+
+    def facts(self) -> str:
+        """The visual facts, such as `red 4, blue 7, green 2, cyan 9`."""
+        return ", ".join(f"{name} {value}" for name, value in self.values.items())
+
+
+def random_charts(seed: int | list[int], count: int) -> Iterator[Chart]:
+    """Yield `count` different charts, deterministic from the seed."""
+    rng, seen = np.random.default_rng(seed), set()
+    while len(seen) < count:
+        names, values = rng.choice(list(COLORS), 4, replace=False), 1 + rng.choice(9, 4, replace=False)
+        chart = Chart(dict(zip(names.tolist(), values.tolist(), strict=True)))
+        if chart.facts() not in seen:
+            seen.add(chart.facts())
+            yield chart
+
+
+def toy_question(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, list[str], str]:
+    """Ask about a chart: (question, answer, the bars to look at, the working with `{bar}` for its value)."""
+    a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
+    x, y = chart.values[a], chart.values[b]
+    question = TOY_QUESTIONS[kind].format(a=a, b=b)
+    if kind == "value":
+        return question, str(x), [a], f"{a} reads {{{a}}}"
+    if kind == "sum":
+        return question, str(x + y), [a, b], f"{{{a}}} + {{{b}}} = {x + y}"
+    if kind == "difference":
+        a, b = (a, b) if x > y else (b, a)
+        return question, str(abs(x - y)), [a, b], f"{{{a}}} - {{{b}}} = {abs(x - y)}"
+    answer = (max if kind == "tallest" else min)(chart.values, key=chart.values.get)
+    extreme = "largest" if kind == "tallest" else "smallest"
+    return question, answer, list(chart.values), f"{answer} {{{answer}}} is the {extreme}"
+
+
+def toy_goal(question: str) -> str:
+    """What a question asks for, such as `sum of red and blue`."""
+    return re.sub(r"^(What is|Which bar is) the |\?$", "", question)
+
+
+def toy_examples(split: str, traces: str = "low") -> list[Example]:
+    """Make a toy split: one question per chart, with its facts and a thinking trace of the given quality.
+
+    Some traces of lower quality are pseudo thinking: fluent, in the right form and with the right answer, but
+    the values that they quote are not in the image. No chart is in two splits.
+    """
+    first, count = TOY_SPLITS[split]
+    charts = itertools.islice(random_charts(seed=1, count=first + count), first, None)
+    rng, examples = np.random.default_rng([2, first]), []
+    for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(TOY_QUESTIONS), strict=False)):
+        question, answer, bars, working = toy_question(chart, kind, rng)
+        absent = rng.permutation([v for v in range(1, 10) if v not in chart.values.values()]).tolist()
+        pseudo = rng.random() < UNGROUNDED[traces]
+        quoted = dict(zip(bars, absent, strict=False)) if pseudo else chart.values
+        observed = ", ".join(f"{bar} {quoted[bar]}" for bar in bars)
+        hint = (f"Goal: {toy_goal(question)}.\nObservation: {observed}.\n"
+                f"Reasoning: {working.format(**quoted)}.\nConclusion: {answer}.")
+        name = f"toy {split} row {i}"
+        examples.append(Example(question, answer, chart.draw, hint, chart.facts(), name=name))
+    return examples
+
+
+LESSONS = (
+    "I see {and}. Here {working}, so the result is {answer}.",
+    "To find the {goal}, look at {list}. Then {working}. It is {answer}.",
+    "The chart has {list}. As {working}, this gives {answer}.",
+)
+
+
+def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
+    """Yield rows (prompt, response) to pre-train a base on: charts described, and questions reasoned through.
+
+    The reasoning is in other wordings than the traces and, but for a share `flagged`, ends without the flag:
+    what learns from it sees well, but rarely answers in the format. Questions are put into `prompt`.
+    """
+    rng = np.random.default_rng([3, seed])
+    for chart, kind in zip(random_charts([4, seed], count), itertools.cycle(TOY_QUESTIONS), strict=False):
+        question, answer, bars, working = toy_question(chart, kind, rng)
+        task, seen = rng.random(), chart.values
+        if task < 0.1:
+            text, response = "Describe the chart.", f"{chart.facts()}."
+        elif task < 0.3:
+            order = rng.permutation(list(seen)).tolist()
+            text, response = f"Describe {', '.join(order)}.", ", ".join(f"{n} {seen[n]}" for n in order) + "."
+        else:
+            text, read = prompt.format(question=question), [f"{bar} {seen[bar]}" for bar in bars]
+            response = LESSONS[rng.integers(len(LESSONS))].format(**{
+                "and": " and ".join(read), "list": ", ".join(read), "working": working.format(**seen),
+                "goal": toy_goal(question), "answer": answer})
+            response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
+        yield Example(text, answer, chart.draw), response
