@@ -130,6 +130,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     given = vars(build_parser().parse_args(argv))
     toy = given.get("data", Config.data) == "toy"
     preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
+    preset = preset | ({"format_weight": 1.0} if "released_code" in given else {})
     cfg = Config(**(preset | given))
     name = f"{Path(cfg.model).name}-{Path(cfg.data).stem}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
     cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
@@ -169,7 +170,7 @@ def check_config(cfg: Config) -> None:
     if (cfg.hints or cfg.augmented) and cfg.data.endswith((".json", ".jsonl", "toy")):
         raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
     if cfg.model == "tiny" and cfg.data != "toy":
-        raise UserError("--model tiny only reads the toy charts; choose another, such as SmolVLM-256M")
+        raise UserError(f"--data {cfg.data}: the tiny model only reads the toy; add --model SmolVLM-256M or such")
 
 
 # ---- Model: a policy is a model, its processor, and the ids that end a response ------------------
@@ -255,7 +256,7 @@ def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, im
     tokenizer.padding_side = "left"  # a prompt must end where its response begins
     image_processor = getattr(processor, "image_processor", None)
     if image_edge and "longest_edge" in (getattr(image_processor, "size", None) or {}):
-        image_processor.size = {**image_processor.size, "longest_edge": image_edge}
+        image_processor.size["longest_edge"] = image_edge
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     end_ids = sorted({tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None})
@@ -277,8 +278,7 @@ def freeze_vision(model: torch.nn.Module) -> None:
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
 
-PROMPT = ("Answer the question below. Think step by step before you answer. When you are ready to answer, "
-          'use the format "Answer: .."\n\nQuestion: {question}')
+PROMPT = 'Think step by step about the question below, then write "Answer: .." with your answer.\n\n{question}'
 
 
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
@@ -981,7 +981,7 @@ def report(cfg: Config, run: Path) -> None:
 
 # ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
 
-TINY_RECIPE = dict(seed=0, steps=500, batch=64, lr=3e-3, warmup=50, flagged=0.02)
+TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.02)
 
 
 def tiny_base(folder: Path, device: torch.device) -> Path:

@@ -227,7 +227,8 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
             "answer": example.answer, "response": response, "parsed": verdict.answer,
             "strict": verdict.correct, "official": relaxed_match(final_answer(response), example.answer),
             "in_format": verdict.in_format, "finished": finished,
-            "grounded_numbers": grounded if example.facts else 0, "quoted_numbers": quoted if example.facts else 0}
+            "grounded_numbers": grounded if example.facts else 0,
+            "quoted_numbers": quoted if example.facts else 0}
 
 
 def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -345,8 +346,9 @@ def find_chartqa(data: str) -> Any:
 def read_chartqa(root: Any, split: str, augmented: bool, hints_file: str) -> list[Example]:
     """Read a ChartQA split, with facts and trace from each chart's table; say what cannot be used."""
     hints, notes, examples, images = read_hints(hints_file), Counter(), [], []
-    part = split if (root / split).is_dir() else "train"
-    for kind in ("human", "augmented") if augmented or split != "train" else ("human",):
+    held_back = split in ("train", "val") and not (root / "val").is_dir()
+    part = "train" if held_back else split
+    for kind in ("human", "augmented") if augmented or not (split == "train" or held_back) else ("human",):
         file = root / part / f"{part}_{kind}.json"
         try:
             rows = json.loads(file.read_bytes().decode("utf-8")) if file.exists() else []
@@ -368,7 +370,7 @@ def read_chartqa(root: Any, split: str, augmented: bool, hints_file: str) -> lis
             opener = image_opener(root / part / "png" / image, name)
             examples.append(Example(question, answer, opener, hint, table_facts(table) or None, kind, name))
             images.append(image)
-    if part != split:
+    if held_back:
         examples = hold_back(examples, images, split, str(root))
     said = "".join(f"; {count} {what}" for what, count in notes.items() if count)
     print(f"chartqa {split}: {len(examples)} rows{said}")
@@ -456,10 +458,12 @@ def explain(cells: list[tuple[str, str, str]], answer: str) -> str:
 COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00", "purple": "#823cb4",
           "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
 TOY_SPLITS = {"train": (0, 512), "val": (512, 512), "test": (1024, 1024)}  # the first chart, and how many
-TOY_QUESTIONS = {
-    "value": "What is the value of {a}?", "sum": "What is the sum of {a} and {b}?",
-    "difference": "What is the difference between {a} and {b}?",
-    "tallest": "Which bar is the tallest?", "shortest": "Which bar is the shortest?",
+TOY_QUESTIONS = {  # kind: question, goal in a trace
+    "value": ("What is the value of {a}?", "value of {a}"),
+    "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}"),
+    "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}"),
+    "tallest": ("Which bar is the tallest?", "tallest bar"),
+    "shortest": ("Which bar is the shortest?", "shortest bar"),
 }
 UNGROUNDED = {"high": 0.0, "medium": 0.25, "low": 0.5}  # share of traces that quote values not in the image
 
@@ -495,26 +499,22 @@ def random_charts(seed: int | list[int], count: int) -> Iterator[Chart]:
             yield chart
 
 
-def toy_question(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, list[str], str]:
-    """Ask about a chart: (question, answer, the bars to look at, the working with `{bar}` for its value)."""
+def toy_question(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str, list[str], str]:
+    """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for value)."""
     a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
+    if kind == "difference" and chart.values[a] < chart.values[b]:
+        a, b = b, a
     x, y = chart.values[a], chart.values[b]
-    question = TOY_QUESTIONS[kind].format(a=a, b=b)
+    question, goal = (text.format(a=a, b=b) for text in TOY_QUESTIONS[kind])
     if kind == "value":
-        return question, str(x), [a], f"{a} reads {{{a}}}"
+        return question, goal, str(x), [a], f"{a} reads {{{a}}}"
     if kind == "sum":
-        return question, str(x + y), [a, b], f"{{{a}}} + {{{b}}} = {x + y}"
+        return question, goal, str(x + y), [a, b], f"{{{a}}} + {{{b}}} = {x + y}"
     if kind == "difference":
-        a, b = (a, b) if x > y else (b, a)
-        return question, str(abs(x - y)), [a, b], f"{{{a}}} - {{{b}}} = {abs(x - y)}"
+        return question, goal, str(x - y), [a, b], f"{{{a}}} - {{{b}}} = {x - y}"
     answer = (max if kind == "tallest" else min)(chart.values, key=chart.values.get)
     extreme = "largest" if kind == "tallest" else "smallest"
-    return question, answer, list(chart.values), f"{answer} {{{answer}}} is the {extreme}"
-
-
-def toy_goal(question: str) -> str:
-    """What a question asks for, such as `sum of red and blue`."""
-    return re.sub(r"^(What is|Which bar is) the |\?$", "", question)
+    return question, goal, answer, list(chart.values), f"{answer} {{{answer}}} is the {extreme}"
 
 
 def toy_examples(split: str, traces: str = "low") -> list[Example]:
@@ -527,12 +527,12 @@ def toy_examples(split: str, traces: str = "low") -> list[Example]:
     charts = itertools.islice(random_charts(seed=1, count=first + count), first, None)
     rng, examples = np.random.default_rng([2, first]), []
     for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(TOY_QUESTIONS), strict=False)):
-        question, answer, bars, working = toy_question(chart, kind, rng)
+        question, goal, answer, bars, working = toy_question(chart, kind, rng)
         absent = rng.permutation([v for v in range(1, 10) if v not in chart.values.values()]).tolist()
         pseudo = rng.random() < UNGROUNDED[traces]
         quoted = dict(zip(bars, absent, strict=False)) if pseudo else chart.values
         observed = ", ".join(f"{bar} {quoted[bar]}" for bar in bars)
-        hint = (f"Goal: {toy_goal(question)}.\nObservation: {observed}.\n"
+        hint = (f"Goal: {goal}.\nObservation: {observed}.\n"
                 f"Reasoning: {working.format(**quoted)}.\nConclusion: {answer}.")
         name = f"toy {split} row {i}"
         examples.append(Example(question, answer, chart.draw, hint, chart.facts(), name=name))
@@ -554,7 +554,7 @@ def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[
     """
     rng = np.random.default_rng([3, seed])
     for chart, kind in zip(random_charts([4, seed], count), itertools.cycle(TOY_QUESTIONS), strict=False):
-        question, answer, bars, working = toy_question(chart, kind, rng)
+        question, goal, answer, bars, working = toy_question(chart, kind, rng)
         task, seen = rng.random(), chart.values
         if task < 0.1:
             text, response = "Describe the chart.", f"{chart.facts()}."
@@ -565,6 +565,6 @@ def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[
             text, read = prompt.format(question=question), [f"{bar} {seen[bar]}" for bar in bars]
             response = LESSONS[rng.integers(len(LESSONS))].format(**{
                 "and": " and ".join(read), "list": ", ".join(read), "working": working.format(**seen),
-                "goal": toy_goal(question), "answer": answer})
+                "goal": goal, "answer": answer})
             response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
         yield Example(text, answer, chart.draw), response

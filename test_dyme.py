@@ -1,0 +1,844 @@
+"""Tests: rewards, advantages, masks and losses by hand; every trick against its plain, slow version; learning.
+
+All on the CPU, offline, in minutes. Where ../shared is present, the real SmolVLM processor and real charts too.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import dyme
+import eval as evaluation
+import reward
+from dyme import Config, Sequence, UserError
+from reward import Example, verify
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+CPU = torch.device("cpu")
+
+
+# ---- Rewards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction, target, right", [
+    ("104", "100", True), ("105", "100", True), ("106", "100", False), ("95.1", "100", True),
+    ("100", "104", True), ("100", "95", False),  # 5 % of the target, not of the prediction
+    ("42%", "0.42", True), ("42%", "42", False), ("-3", "3", False), ("0", "0", True), ("0.0", "0", False),
+    ("France", "france", True), ("Francs", "France", False), ("1,000", "1000", False), ("2010", "2009", True),
+])
+def test_relaxed_match_is_the_official_metric(prediction, target, right):
+    assert reward.relaxed_match(prediction, target) is right
+
+
+@pytest.mark.parametrize("answer, target", [
+    ("1,234", "1234"), ("$42", "42"), ("42 %", "42"), ("42%", "0.42"), ("42.", "42"), ("12.50", "12.5"), ("Yes.", "yes"),
+    ("**7**", "7"), ("-$1,000.5", "-1000.5"), ("\u22125", "-5"), ("cape  verde", "Cape Verde"), (".5", "0.5"),
+    ("[Cape Verde, United Kingdom]", "[Cape Verde, United Kingdom]"), ("22, 35", "[22, 35]"), ("[22,35]", "[22, 35]"),
+    ("[1,234, 5]", "[1234, 5]"), ("120, 130", "[120,130]"), ("Chain stores*", "Chain stores*"),
+])
+def test_verify_forgives_formatting(answer, target):
+    assert verify(f"Some thinking.\nAnswer: {answer}", SimpleNamespace(answer=target)).correct
+
+
+@pytest.mark.parametrize("answer, target", [
+    ("42", "43"), ("1,23", "123"), ("1.234", "1,234"), ("4200%", "42%"), ("42", "0.42"), ("5", "-5"), ("42 43", "42"),
+    ("42 million", "42"), ("Norway", "Sweden"), ("[35, 22]", "[22, 35]"), ("22", "[22, 35]"), ("1e3", "1000"),
+    ("1_000", "1000"), ("nan", "5"), ("5.0001", "5"), ("12", "1|2"), ("", "5"),
+])
+def test_verify_never_forgives_a_wrong_value(answer, target):
+    assert not verify(f"Answer: {answer}", SimpleNamespace(answer=target)).correct
+
+
+def test_verify_wants_one_flag_and_an_end():
+    example = SimpleNamespace(answer="12")
+    assert verify("So it is 12.\nanswer: 12", example) == reward.Verdict(True, "12", True)
+    assert verify("12", example) == reward.Verdict(False, None, False)
+    assert verify("Answer: 12\nAnswer: 12", example) == reward.Verdict(False, None, False)
+    assert verify("Answer: 12", example, finished=False) == reward.Verdict(False, None, False)
+    assert verify("Answer: 12 because 5 + 7", example) == reward.Verdict(False, "12 because 5 + 7", True)
+    assert reward.final_answer("x Answer: 3 Answer: 4") == "4" and reward.final_answer("just 5") == "just 5"
+
+
+def test_thinking_f1_by_hand():
+    assert reward.thinking_f1("red is 3\nAnswer: 9", "red is 4") == pytest.approx(2 / 3)  # 2 of 3 tokens, both ways
+    assert reward.thinking_f1("red red", "red blue green") == pytest.approx(2 * 1 / 5)
+    assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
+    assert reward.thinking_f1("1,234", "1,234.5") == 0
+
+
+def test_groundedness_by_hand():
+    facts = "red 3, blue 4, green 9"
+    assert reward.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
+    assert reward.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
+    assert reward.groundedness("3 + 4 = 8", facts) == (2, 3)  # wrong arithmetic
+    assert reward.groundedness("(3 + 9) / 2 = 6", facts) == (3, 4)  # the count 2 is neither fact nor result
+    assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
+    assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
+
+
+def test_traces_from_tables_quote_the_cells_and_explain_the_answer():
+    table = [["Country", "2010", "2011"], ["France", "28", "29"], ["Italy", "43%", "33"], ["Spain", "10", "12"]]
+    assert reward.table_facts(table).splitlines()[1] == "Italy: 2010 = 43%, 2011 = 33"
+    sum_trace = reward.chart_trace(table, "What is the sum of France and Italy in 2010?", "71")
+    assert "France (2010) = 28, Italy (2010) = 43%." in sum_trace and "28 + 43 = 71." in sum_trace
+    assert "Spain" not in sum_trace and sum_trace.splitlines()[0].startswith("Goal: ")
+    assert "Italy (2010) with 43% is the one asked for" in reward.chart_trace(table, "Largest value in 2010?", "43")
+    assert reward.chart_trace([], "q", "a") is None
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def test_toy_is_deterministic_and_splits_do_not_overlap():
+    train, val, test = (reward.toy_examples(split) for split in ("train", "val", "test"))
+    assert len(train) == 512 and len(val) >= 512 and len(test) >= 512
+    assert [e.hint for e in train] == [e.hint for e in reward.toy_examples("train")]
+    facts = [{e.facts for e in split} for split in (train, val, test)]
+    assert [len(f) for f in facts] == [len(train), len(val), len(test)] and len(set.union(*facts)) == sum(map(len, facts))
+    assert {chart.facts() for chart in reward.random_charts([4, 0], 3000)}.isdisjoint(set.union(*facts))
+
+
+@pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.25), ("low", 0.5)])
+def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces, share):
+    examples = reward.toy_examples("train", traces)
+    pseudo = sum(reward.groundedness(e.hint, e.facts)[0] < reward.groundedness(e.hint, e.facts)[1] for e in examples)
+    assert pseudo / len(examples) == pytest.approx(share, abs=0.06)
+    assert all(verify(dyme.reference_response(e), e).correct for e in examples)
+
+
+def test_toy_bars_can_be_read_off_the_picture():
+    chart = reward.Chart({"red": 3, "blue": 9, "green": 1, "cyan": 5})
+    pixels = np.array(chart.draw())
+    for i, (name, value) in enumerate(chart.values.items()):
+        column = pixels[:, 16 * i + 7]
+        color = [int(reward.COLORS[name][j:j + 2], 16) for j in (1, 3, 5)]
+        assert (column[:52] == color).all(1).sum() == 5 * value + 1
+
+
+def make_chartqa(root, splits=("train", "val", "test"), rows=6):
+    for split in splits:
+        for folder in ("png", "tables"):
+            (root / split / folder).mkdir(parents=True)
+        for kind in ("human", "augmented"):
+            entries = []
+            for i in range(rows):
+                name = f"{kind}{i}"
+                Image.new("RGB", (40, 30), (i, 0, 0)).save(root / split / "png" / f"{name}.png")
+                (root / split / "tables" / f"{name}.csv").write_bytes(b"Year,Total\r\n2019,5\r\n2020,7\r\n")
+                entries.append({"imgname": f"{name}.png", "query": f"Total in 2020? ({i})", "label": "7"})
+            (root / split / f"{split}_{kind}.json").write_text(json.dumps(entries))
+    return root
+
+
+def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path, capsys):
+    root = make_chartqa(tmp_path / "ChartQA Dataset")
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in root.rglob("*"):
+            file.write(path, path.relative_to(tmp_path))
+    for split, count in (("train", 6), ("val", 12), ("test", 12)):
+        local, zipped = (reward.load_data(str(source), split) for source in (tmp_path, archive))
+        assert len(local) == len(zipped) == count
+        for a, b in zip(local, zipped, strict=True):
+            assert (a.question, a.answer, a.hint, a.facts, a.source) == (b.question, b.answer, b.hint, b.facts, b.source)
+            assert np.array_equal(np.array(a.image()), np.array(b.image()))
+    assert len(reward.load_data(str(archive), "train", augmented=True)) == 12
+    assert "2020 (Total) = 7" in local[0].hint and {e.source for e in local} == {"human", "augmented"}
+
+
+def test_chartqa_without_val_holds_images_back(tmp_path):
+    root = make_chartqa(tmp_path, splits=("train",), rows=20)
+    train, val = (reward.load_data(str(root), split) for split in ("train", "val"))
+    assert len(train) == 18 and len(val) == 2 and {e.question for e in train}.isdisjoint(e.question for e in val)
+    with pytest.raises(UserError, match="test has no usable row"):
+        reward.load_data(str(root), "test")
+
+
+def test_chartqa_hints_join_by_question_and_answer(tmp_path, capsys):
+    root = make_chartqa(tmp_path / "data")
+    hints = [{"question": "Total in 2020? (0)", "answer": "7", "hint": "Look."},
+             {"question": "Total in 2020? (1)", "answer": "7", "hint": "One."},
+             {"question": "Total in 2020? (1)", "answer": "7", "hint": "Another."}]
+    (tmp_path / "hints.json").write_text(json.dumps(hints))
+    rows = reward.load_data(str(root), "train", hints=str(tmp_path / "hints.json"))
+    assert [e.hint for e in rows] == ["Look."] + [None] * 5
+    assert "5 without a trace" in capsys.readouterr().out
+    assert dyme.reference_response(rows[1]) == "Answer: 7"
+
+
+def test_own_rows_and_what_is_wrong_with_them(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    rows = [{"question": f"q{i}", "answer": i, "image": "a.png" if i < 2 else None, "hint": "h"} for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    train, val, test = (reward.load_data(str(path), split) for split in ("train", "val", "test"))
+    assert len(train) + len(val) == len(test) == 12 and val and test[3].answer == "3" and test[0].image().mode == "RGB"
+    sides = [sum(e.image is not None for e in split) for split in (train, val)]
+    assert sorted(sides) == [0, 2]  # rows of one image stay together
+    for bad, says in [("[]", "no list of rows"), ('[{"question": "q"}]', "row 1"), ("{", "cannot be read"),
+                      ('[{"question": "q", "answer": "a", "image": "b.png"}]', "row 1: the image b.png"),
+                      ('[{"question": "q", "answer": "a"}]', "two different")]:
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(UserError, match=says):
+            reward.load_data(str(tmp_path / "bad.json"), "train")
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"imgname": "../../secret.png"}, "outside its folder"), ({"imgname": "none.png"}, "missing or unreadable"),
+    ({"query": None}, "needs `imgname`"),
+])
+def test_bad_chartqa_rows_are_named(tmp_path, change, says):
+    root = make_chartqa(tmp_path)
+    file = root / "train" / "train_human.json"
+    rows = json.loads(file.read_text())
+    rows[2] |= change
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=f"train_human.json row 3.*{says}"):
+        reward.load_data(str(root), "train")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_real_charts_and_released_traces(capsys):
+    data = str(SHARED / "chartqa-sample")
+    rows = [e for split in ("train", "val", "test") for e in reward.load_data(data, split, augmented=True)]
+    assert len(rows) == 16 + 40 + 5 + 12 + 52 + 25 and all(e.image().size[0] > 64 for e in rows[:5])
+    assert sum(bool(e.hint) for e in rows) > 140 and len(set(e.hint for e in rows)) > 100
+    hints = reward.read_hints(str(SHARED / "text-samples" / "dyme_chartqa_train_medium_24.json"))
+    assert len(hints) == 24 and all(hint.startswith("Goal:") for hint in hints.values())
+
+
+# ---- Advantages, switch, loss --------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3], [2.0, 1.0, 1.0, 0.0]])
+    advantages = dyme.group_advantages(rewards, eps=0.0)
+    assert torch.allclose(advantages[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    assert (advantages[1] == 0).all()  # exactly, not up to rounding
+    assert torch.allclose(advantages[2], torch.tensor([1.0, 0.0, 0.0, -1.0]) * math.sqrt(2))  # population std
+    assert dyme.group_advantages(rewards, 0.0, sample_std=True)[0, 0] == pytest.approx(math.sqrt(3) / 2)
+    assert dyme.group_advantages(rewards)[0, 0] == pytest.approx(0.5 / 0.5001)
+    assert dyme.no_variance(rewards).tolist() == [False, True, False]
+
+
+def test_the_switch_explores_if_any_response_is_right():
+    correct = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 1, 1]])
+    assert dyme.choose_mode(correct).tolist() == [False, True, True]
+
+
+def test_exploration_sequences_leave_out_what_has_no_weight():
+    ids, explore = [[1], [2], [3], [4], [5], [6]], torch.tensor([True, False])
+    advantages = torch.tensor([[1.5, 0.0, -1.5], [1.0, 0.0, -1.0]])
+    assert dyme.exploration_sequences(ids, advantages, explore) == [
+        Sequence(0, [1], 1.5 / 6, True), Sequence(0, [3], -1.5 / 6, True)]
+    assert len(dyme.exploration_sequences(ids, advantages, explore, keep_zeros=True)) == 3
+
+
+def test_policy_loss_by_hand():
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -3.0, -5.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    weights, explore = torch.tensor([0.5, 0.25]), torch.tensor([True, False])
+    loss = dyme.policy_loss(logprobs, mask, weights, explore)
+    assert loss.item() == pytest.approx(-0.5 * 1 + 0.25 * 3)  # rho = 1 for the sampled one, mean 3 for the target
+    loss.backward()
+    expected = torch.tensor([[-0.25, -0.25, 0.0], [-0.25 / 3] * 3])
+    assert torch.allclose(logprobs.grad, expected)
+
+
+def test_memorizing_is_exploring_one_sample_with_advantage_one():  # Eq. 4-5
+    logprobs, grads = torch.randn(2, 5).log_softmax(1), []
+    for explore in (True, False):
+        x = logprobs.clone().requires_grad_()
+        dyme.policy_loss(x, torch.ones(2, 5), torch.ones(2), torch.full((2,), explore)).backward()
+        grads.append(x.grad)
+    assert torch.allclose(*grads)
+
+
+def test_kl_estimate_is_zero_for_equal_models_and_unbiased():
+    p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    assert (dyme.kl_estimate(p, p) == 0).all() and (dyme.kl_estimate(p, q) > 0).all()
+    assert (p.exp() * dyme.kl_estimate(p, q)).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
+
+
+# ---- Rollout: the clever way against the plain one -----------------------------------------------
+
+IMAGE = 5
+TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+              patch_size=8)
+FAMILIES = ("idefics3", "smolvlm", "llava_onevision", "qwen2_5_vl")
+
+
+def tiny_family(family):
+    """A random model of a family, in float64."""
+    if family == "llava_onevision":
+        settings = dict(image_token_index=IMAGE, image_grid_pinpoints=[[16, 16]], vision_feature_layer=-1,
+                        vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+                        text_config=TEXT | dict(model_type="qwen2"))
+    elif family == "qwen2_5_vl":
+        settings = dict(
+            image_token_id=IMAGE, vision_start_token_id=6, vision_end_token_id=7, video_token_id=8,
+            vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32,
+                               patch_size=8, fullatt_block_indexes=[1], window_size=32),
+            text_config=TEXT | dict(model_type="qwen2_5_vl_text", rope_parameters=dict(
+                rope_type="default", mrope_section=[1, 1, 2], rope_theta=10000.0)))
+    else:
+        settings = dict(image_token_id=IMAGE, scale_factor=1, vision_config=VISION,
+                        text_config=TEXT | dict(model_type="llama"), pad_token_id=0)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings)
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
+
+
+def family_inputs(family, text, seed):
+    """One prompt: an image, then text ids; what the family's processor would make of it."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "llava_onevision":
+        pixels, count = dict(pixel_values=(1, 2, 3, 16, 16)), 10
+    elif family == "qwen2_5_vl":
+        pixels, count = dict(pixel_values=(16, 3 * 2 * 8 * 8)), 4
+    else:
+        pixels, count = dict(pixel_values=(1, 1, 3, 16, 16)), 4
+    inputs = {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k, shape in pixels.items()}
+    marks = ([6], [7]) if family == "qwen2_5_vl" else ([], [])
+    ids = torch.tensor([[9, *marks[0], *[IMAGE] * count, *marks[1], *text]])
+    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if family == "llava_onevision":
+        inputs["image_sizes"] = torch.tensor([[16, 16]])
+    if family == "qwen2_5_vl":
+        inputs |= dict(image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=(ids == IMAGE).long())
+    return inputs
+
+
+def pad_batch(rows):
+    """Batch prompts with padding on the left."""
+    length = max(row["input_ids"].shape[1] for row in rows)
+    return {key: torch.cat([F.pad(row[key], (length - row[key].shape[1], 0)) if key.endswith("ids") or "mask" in key
+                            else row[key] for row in rows]) for key in rows[0]}
+
+
+def plain_logprobs(model, row, ids):
+    """Log-probs of one continuation by one forward pass over everything, without padding or cache."""
+    length = row["input_ids"].shape[1]
+    x = dict(row, input_ids=torch.cat([row["input_ids"], ids[None]], 1))
+    x["attention_mask"] = torch.ones_like(x["input_ids"])
+    if "mm_token_type_ids" in x:
+        x["mm_token_type_ids"] = F.pad(x["mm_token_type_ids"], (0, len(ids)))
+    logits = model(**x, use_cache=False).logits[0, length - 1:-1]
+    return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompts_give_the_plain_logprobs_and_gradients(family):
+    model = tiny_family(family)
+    rows = [family_inputs(family, [10, 11, 12], 1), family_inputs(family, [13, 14, 15, 16, 17, 18], 2)]
+    ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3))
+    owners, ones = torch.tensor([0, 0, 1, 1, 1]), torch.ones(5, dtype=torch.float64)
+    shared = dyme.completion_logprobs(model, dyme.encode_prefix(model, pad_batch(rows)), owners, ids, ones)
+    weights = torch.linspace(-1, 1, shared.numel(), dtype=torch.float64).view_as(shared)
+    plain = torch.stack([plain_logprobs(model, rows[p], i) for p, i in zip(owners, ids, strict=True)])
+    assert torch.allclose(shared, plain, atol=1e-6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (shared, plain)]
+    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None]
+    assert len(pairs) > 20 and all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
+    model = tiny_family(family).float()
+    dyme.freeze_vision(model)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and all("vision" in name or "visual" in name for name in frozen)
+    assert any(re.search("connector|projector|merger", n) for n, p in model.named_parameters() if p.requires_grad)
+    policy = dyme.Policy(model, None, [2], 0, CPU)
+    batch = pad_batch([family_inputs(family, [10, 11], 1), family_inputs(family, [12, 13, 14], 2)])
+    batch["pixel_values"] = batch["pixel_values"].float()
+    rolled = dyme.rollout(policy, batch, dyme.keyed_uniforms(0, 0, [0, 1], 3, 7), 1.0)
+    responses = [ids[mask.bool()].tolist() for ids, mask in zip(rolled.ids, rolled.mask, strict=True)]
+    sequences = [Sequence(0, ids, a / 6, True) for ids, a in zip(responses, (1.0, -2.0, 1.0), strict=False)]
+    sequences.append(Sequence(1, [20, 21, 2], 0.5, False))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    trainer = dyme.Trainer(Config(generations=3), policy, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    result = dyme.accumulate_gradients(trainer, [batch], [range(2)], sequences)
+    connector = [p.grad for n, p in model.named_parameters() if re.search("connector|projector|merger", n)]
+    assert sum(g.abs().sum() for g in connector if g is not None) > 0
+    assert dyme.apply_gradients(trainer, result["loss"], 0.01)["grad_norm"] > 0
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not changed & frozen
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The toy's model and processor with random weights."""
+    return dyme.make_policy(dyme.build_tiny_model(0), dyme.build_tiny_processor(), CPU)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return reward.toy_examples("train", "high")
+
+
+def test_greedy_sampling_is_generate(tiny, examples):
+    inputs = dyme.encode_prompts(tiny, examples[:6], room=20)
+    ends = [*tiny.end_ids, 60, 61]  # more ends, so that random responses end at different lengths
+    prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), torch.arange(6))
+    rolled = dyme.sample(tiny.model, prefix, torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
+    expected = tiny.model.generate(**inputs, do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=tiny.pad_id)
+    expected = expected[:, inputs["input_ids"].shape[1]:]
+    assert torch.equal(rolled.ids, F.pad(expected, (0, rolled.ids.shape[1] - expected.shape[1])))
+    for ids, mask, finished in zip(rolled.ids.tolist(), rolled.mask.tolist(), rolled.finished.tolist(), strict=True):
+        last = next((i for i, token in enumerate(ids) if token in ends), None)
+        assert finished == (last is not None) and sum(mask) == (last + 1 if finished else 20)  # the end is trained
+
+
+def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny, examples):
+    inputs = dyme.encode_prompts(tiny, examples[:3], room=12)
+    rolled = dyme.rollout(tiny, inputs, dyme.keyed_uniforms(0, 0, [0, 1, 2], 4, 12), 0.7)
+    rows = torch.arange(3).repeat_interleave(4)
+    prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), rows)
+    logits = torch.cat([prefix.logits[:, None], dyme.extend(tiny.model, prefix, rolled.ids[:, :-1])], 1) / 0.7
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(rolled.entropy, entropy, atol=1e-4)
+    logprobs = dyme.completion_logprobs(tiny.model, dyme.encode_prefix(tiny.model, inputs), rows, rolled.ids,
+                                        torch.full((12,), 0.7))
+    assert torch.allclose(logprobs, logits.log_softmax(-1).gather(2, rolled.ids[:, :, None]).squeeze(2), atol=1e-4)
+
+
+def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
+    logits = torch.tensor([0.5, 0.2, 0.3, 0.0]).log().expand(4, 4)
+    tokens, entropy = dyme.draw(logits, torch.tensor([0.0, 0.49, 0.51, 0.9999999]), 1.0)
+    assert tokens.tolist() == [0, 0, 1, 2]  # by the cumulated 0.5, 0.7, 1.0; never the impossible token
+    assert entropy[0].item() == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.2, 0.3)))
+    assert dyme.draw(logits[:1], torch.tensor([0.99]), 0.0)[0].item() == 0
+    uniforms = dyme.keyed_uniforms(1, 2, [0, 1, 2], 4, 10)
+    assert torch.equal(uniforms[4:8], dyme.keyed_uniforms(1, 2, [1], 4, 10))
+    assert uniforms.unique().numel() == uniforms.numel()
+    assert not torch.equal(uniforms, dyme.keyed_uniforms(1, 3, [0, 1, 2], 4, 10))
+
+
+def test_samples_do_not_depend_on_the_batch(tiny, examples):
+    def responses(chunks):
+        out = []
+        for chunk in chunks:
+            inputs = dyme.encode_prompts(tiny, [examples[i] for i in chunk], room=16)
+            rolled = dyme.rollout(tiny, inputs, dyme.keyed_uniforms(0, 5, chunk, 4, 16), 1.0)
+            out += [ids[mask.bool()].tolist() for ids, mask in zip(rolled.ids, rolled.mask, strict=True)]
+        return out
+    assert responses([[0, 1, 2, 3]]) == responses([[0], [1, 2], [3]])
+
+
+# ---- Prompts and targets -------------------------------------------------------------------------
+
+
+def check_target(policy, example):
+    inputs = dyme.encode_prompts(policy, [example], room=0)
+    prompt, response = dyme.PROMPT.format(question=example.question), dyme.reference_response(example)
+    target = dyme.target_ids(policy, prompt, True, response)
+    full = policy.processor(text=[dyme.render(policy.processor, prompt, True, response)], images=[[example.image()]],
+                            add_special_tokens=False).input_ids[0]
+    assert inputs["input_ids"][0].tolist() + target == list(full)[:inputs["input_ids"].shape[1] + len(target)]
+    assert target[-1] in policy.end_ids and not set(target[:-1]) & set(policy.end_ids)
+    assert policy.tokenizer.decode(full[inputs["input_ids"].shape[1] + len(target):]).strip() == ""
+    assert policy.tokenizer.decode(target, skip_special_tokens=True).strip() == response
+
+
+def test_prompt_and_target_are_the_templates_full_rendering(tiny, examples):
+    for example in examples[:10]:
+        check_target(tiny, example)
+    assert all(tiny.tokenizer.unk_token_id not in dyme.target_ids(tiny, e.question, True, dyme.reference_response(e))
+               for e in examples)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_the_real_smolvlm_processor(tmp_path, examples):
+    source = SHARED / "smolvlm-256m-instruct"
+    model = SimpleNamespace(name_or_path="SmolVLM", config=AutoConfig.from_pretrained(source), eval=lambda: model,
+                            generation_config=SimpleNamespace(eos_token_id=49279))
+    policy = dyme.make_policy(model, AutoProcessor.from_pretrained(source), CPU, image_edge=512)
+    end = policy.tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "<|im_end|>"])
+    assert policy.end_ids == sorted(end)
+    check_target(policy, examples[0])
+    charts = reward.load_data(str(SHARED / "chartqa-sample"), "train")[:2]
+    inputs = dyme.encode_prompts(policy, charts, room=0)
+    assert inputs["pixel_values"].shape[:2] == (2, 1)  # --image-edge 512 is one tile
+    assert (inputs["attention_mask"][:, -1] == 1).all() and inputs["input_ids"][0, -1] == inputs["input_ids"][1, -1]
+
+
+def test_a_prompt_longer_than_the_context_is_named(tiny, examples):
+    with pytest.raises(UserError, match="toy train row 0: .* context of 512"):
+        dyme.encode_prompts(tiny, examples[:1], room=500)
+
+
+def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monkeypatch):
+    processor = dyme.build_tiny_processor()
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        dyme.make_policy(tiny.model, processor, CPU)
+
+    def fail(*_, **__):
+        raise ImportError("Processor requires the Torchvision library")
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(UserError, match="pip install torchvision$"):
+        dyme.load_policy("Qwen2.5-VL-3B", CPU)
+
+
+# ---- A training step -----------------------------------------------------------------------------
+
+
+def make_trainer(policy, **settings):
+    cfg = Config(lr=1e-3, prompts=4, generations=4, max_new_tokens=40, **settings)
+    model = dyme.build_tiny_model(0)
+    policy = dataclasses.replace(policy, model=model.eval())
+    return dyme.make_trainer(cfg, policy, "")
+
+
+def fake_scores(monkeypatch, correct):
+    """Let `score` say which responses were right; r_t stays 0."""
+    real = dyme.score
+
+    def score(*args):
+        groups = real(*args)
+        groups.correct = torch.tensor(correct, dtype=torch.float32)
+        groups.rewards = groups.correct
+        return groups
+    monkeypatch.setattr(dyme, "score", score)
+
+
+CORRECT = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatch):
+    fake_scores(monkeypatch, CORRECT)
+    gradients, losses = [], []
+    for micro_batch in (4, 3, 1):
+        trainer = make_trainer(tiny, micro_batch=micro_batch)
+        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+        metrics, _ = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+        gradients.append([p.grad.clone() for p in trainer.policy.model.parameters() if p.grad is not None])
+        losses.append(metrics["loss"])
+        assert metrics["memorized"] == 0.25 and metrics["no_variance"] == 0.5 and metrics["none_correct"] == 0.25
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients[0], other, strict=True))
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch):
+    fake_scores(monkeypatch, CORRECT)
+    trainer = make_trainer(tiny)
+    model, seen = trainer.policy.model, {}
+    real = dyme.exploration_sequences
+    monkeypatch.setattr(dyme, "exploration_sequences", lambda ids, *a, **k: seen.update(ids=ids) or real(ids, *a, **k))
+    monkeypatch.setattr(dyme, "apply_gradients", lambda *_: {})
+    draw, image_id = dyme.draw, model.config.image_token_id
+    monkeypatch.setattr(dyme, "draw", lambda logits, *a: draw(  # the plain way cannot read a sampled <image>
+        logits.index_fill(1, torch.tensor([image_id]), -math.inf), *a))
+    dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+    got = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    policy, total = trainer.policy, 0.0
+    for p, row in enumerate(CORRECT):
+        inputs = dyme.encode_prompts(policy, [examples[p]], room=40)
+        rewards = np.array(row, dtype=float)
+        if not any(row):
+            target = dyme.target_ids(policy, dyme.PROMPT.format(question=examples[p].question), True,
+                                     dyme.reference_response(examples[p]))
+            total -= plain_logprobs(model, inputs, torch.tensor(target)).mean() / 4  # full weight per prompt
+            continue
+        for k in range(4):
+            advantage = (rewards[k] - rewards.mean()) / (rewards.std() + 1e-4)
+            total -= advantage * plain_logprobs(model, inputs, torch.tensor(seen["ids"][4 * p + k])).mean() / 16
+    total.backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+
+
+def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypatch):
+    fake_scores(monkeypatch, [[1] * 4] * 4)
+    trainer = make_trainer(tiny, micro_batch=2)
+    calls = []
+    monkeypatch.setattr(dyme, "completion_logprobs", lambda *a: calls.append(a))
+    before = [p.clone() for p in trainer.policy.model.parameters()]
+    metrics, group = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+    assert not calls and metrics["empty_steps"] == 1 and metrics["no_variance"] == 1 and group["target"] is None
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
+    assert not trainer.optimizer.state  # no optimiser step was made
+
+
+def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
+    fake_scores(monkeypatch, [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
+    weights = {}
+    for released in (False, True):
+        trainer = make_trainer(tiny, released_code=released)
+        monkeypatch.setattr(dyme, "accumulate_gradients", lambda t, i, c, s: weights.update(x=s) or {"loss": 0.0})
+        monkeypatch.setattr(dyme, "apply_gradients", lambda *_: {})
+        dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+        target = [s.weight for s in weights["x"] if not s.explore]
+        assert target == [0.25 / (4 if released else 1)]
+        std = math.sqrt(1 / 3) if released else 0.5
+        assert weights["x"][0].weight == pytest.approx(-0.5 / (std + 1e-4) / 16)
+    assert dyme.parse_config(["--released-code"]).format_weight == 1
+
+
+def test_step_of_each_method(tiny, examples):
+    for method, memorized in (("sft", 1.0), ("grpo", 0.0)):
+        trainer = make_trainer(tiny)
+        metrics, group = dyme.train_step(trainer, examples[:4], 0, method, 1e-3)
+        assert metrics["memorized"] == memorized and math.isfinite(metrics["loss"])
+        assert (metrics["method"] == "sft") == ("reward" not in metrics) and bool(group["responses"]) == (method == "grpo")
+        json.dumps([metrics, group])
+
+
+def test_kl_pulls_towards_the_reference(tiny, examples):
+    trainer = make_trainer(tiny, mode="grpo", beta=0.0)
+    trainer.cfg.beta, trainer.reference = 0.5, dyme.build_tiny_model(0).eval()
+    metrics, _ = dyme.train_step(trainer, examples[:2], 0, "grpo", 1e-2)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first step starts at the reference
+    metrics, _ = dyme.train_step(trainer, examples[:2], 1, "grpo", 1e-2)
+    assert metrics["kl"] > 0
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny, examples, monkeypatch):
+    trainer = make_trainer(tiny)
+    before = [p.clone() for p in trainer.policy.model.parameters()]
+    monkeypatch.setattr(dyme, "policy_loss", lambda logprobs, *_: logprobs.sum() * math.nan)
+    for step in range(9):
+        assert dyme.train_step(trainer, examples[:2], step, "sft", 1e-3)[0]["skipped_steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
+    with pytest.raises(dyme.DivergedError, match="ten steps in a row"):
+        dyme.train_step(trainer, examples[:2], 9, "sft", 1e-3)
+
+
+def test_learning_rate_and_stages_by_hand():
+    cfg = Config(mode="dyme", lr=1.0, steps=12, warmup=2)
+    assert [round(dyme.stage(cfg, s)[1], 4) for s in (0, 1, 2, 7, 11)] == [0.3333, 0.6667, 1.0, 0.5, 0.1]
+    cfg = Config(mode="two-stage", lr=1.0, steps=10, sft_steps=4, warmup=0)
+    assert [dyme.stage(cfg, s) for s in (0, 3, 4, 9)] == [("sft", 1.0), ("sft", 0.25), ("grpo", 1.0), ("grpo", 1 / 6)]
+
+
+@pytest.mark.parametrize("mode, sizes", [("dyme", [3] * 8), ("sft", [12] * 8), ("two-stage", [12, 12, *[3] * 6])])
+def test_every_row_is_seen_once_an_epoch(mode, sizes):
+    cfg = Config(mode=mode, prompts=3, generations=4, steps=8, sft_steps=2)
+    batches = [dyme.step_rows(cfg, step, rows=7) for step in range(8)]
+    assert [len(b) for b in batches] == sizes
+    order = list(itertools.chain(*batches))
+    for epoch in range(len(order) // 7):
+        assert sorted(order[7 * epoch:7 * epoch + 7]) == list(range(7))
+    assert order[:7] != order[7:14]
+
+
+# ---- Learning ------------------------------------------------------------------------------------
+
+
+def accuracy(policy, examples):
+    return reward.summarise(list(dyme.respond(policy, examples, 40, 64)))["strict"]
+
+
+def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
+    """From random weights on eight rows: targets bring the first right answers, exploration takes over."""
+    cfg = Config(lr=4e-3, prompts=8, generations=4, max_new_tokens=40, steps=60, warmup=2, train_vision=True)
+    policy = dataclasses.replace(tiny, model=dyme.build_tiny_model(1).eval())
+    trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
+    before, log = accuracy(policy, rows), []
+    for step in range(cfg.steps):
+        log.append(dyme.train_step(trainer, rows, step, *dyme.stage(cfg, step))[0])
+    assert before == 0 and accuracy(policy, rows) >= 0.75
+    assert log[0]["memorized"] == 1 and log[-1]["memorized"] < 0.5 and log[-1]["accuracy"] > 0.5
+
+
+def test_exploration_alone_raises_accuracy(tiny, examples):
+    """GRPO on a policy that is right now and then: no targets, only rewards."""
+    cfg = Config(lr=3e-4, generations=8, max_new_tokens=40, train_vision=True, thinking_weight=0.0)
+    policy = dataclasses.replace(tiny, model=dyme.build_tiny_model(1).eval())
+    trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
+    for step in range(25):
+        dyme.train_step(trainer, rows, step, "sft", 2e-3)
+    log = [dyme.train_step(trainer, rows, step, "grpo", 3e-4)[0]["accuracy"] for step in range(40)]
+    start, end = sum(log[:10]) / 10, sum(log[-10:]) / 10
+    assert 0.1 < start < 0.6 and end > start + 0.08
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder for runs, with a base model that takes no time to make and a small toy."""
+    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | dict(steps=2, batch=4))
+    monkeypatch.setattr(reward, "TOY_SPLITS", {"train": (0, 16), "val": (16, 8), "test": (24, 8)})
+    return tmp_path
+
+
+def run(runs, name, *flags):
+    """Run dyme.py in this process; its exit code."""
+    flags = ["--out", str(runs / name), "--prompts", "2", "--generations", "2", "--max-new-tokens", "8", *flags]
+    return dyme.run_main(lambda: dyme.train(dyme.parse_config(flags)))
+
+
+def without_times(path):
+    rows = dyme.read_jsonl(path)
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_s", "peak"))} for r in rows]
+
+
+def same_weights(a, b):
+    from safetensors.torch import load_file
+    x, y = (load_file(run / "checkpoint" / "model.safetensors") for run in (a, b))
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("mode", ["dyme", "two-stage"])
+def test_a_killed_run_resumes_bit_exactly(runs, monkeypatch, mode, capsys):
+    flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2", "--eval-every", "2"]
+    assert run(runs, "whole", *flags) == 0
+    real = dyme.train_step
+
+    def killed(trainer, examples, step, *rest):
+        if step == 5:
+            raise MemoryError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
+        return real(trainer, examples, step, *rest)
+    monkeypatch.setattr(dyme, "train_step", killed)
+    with pytest.raises(MemoryError):
+        run(runs, "killed", *flags)
+    with (runs / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # and a line cut short
+    monkeypatch.setattr(dyme, "train_step", real)
+    assert run(runs, "killed", "--resume") == 0
+    assert same_weights(runs / "whole", runs / "killed")
+    for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        assert without_times(runs / "whole" / file) == without_times(runs / "killed" / file)
+    assert [r["step"] for r in dyme.read_jsonl(runs / "killed" / "metrics.jsonl")] == list(range(6))
+    assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(runs, monkeypatch, capsys):
+    flags = ["--steps", "4", "--eval-every", "0", "--save-every", "0"]
+    assert run(runs, "whole", *flags) == 0
+    real = dyme.train_step
+
+    def interrupted(trainer, examples, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(trainer, examples, step, *rest)
+    monkeypatch.setattr(dyme, "train_step", interrupted)
+    assert run(runs, "stopped", *flags) == 130
+    assert f"--resume --out {runs / 'stopped'}" in capsys.readouterr().out
+    assert len(dyme.read_jsonl(runs / "stopped" / "metrics.jsonl")) == 2
+    monkeypatch.setattr(dyme, "train_step", real)
+    assert run(runs, "stopped", "--resume") == 0 and same_weights(runs / "whole", runs / "stopped")
+
+
+def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs, capsys):
+    assert run(runs, "a", "--steps", "2") == 0
+    (runs / "a" / "checkpoint").rename(runs / "a" / "checkpoint.old")
+    assert run(runs, "a", "--resume") == 0
+    assert (runs / "a" / "checkpoint" / "training_state.pt").exists()
+
+
+def test_a_run_folder_holds_what_it_says_and_evaluates(runs, capsys):
+    assert run(runs, "a", "--steps", "3") == 0
+    out = capsys.readouterr().out
+    assert "before" in out and f"python eval.py --model {runs / 'a'}" in out
+    metrics, samples = (dyme.read_jsonl(runs / "a" / f"{name}.jsonl") for name in ("metrics", "samples"))
+    wanted = {"loss", "reward", "reward_thinking", "reward_format", "accuracy", "truncated", "memorized", "no_variance",
+              "entropy", "grad_norm", "lr", "response_length", "seconds_sampling", "seconds_scoring", "seconds_update",
+              "tokens_per_s", "peak_memory_gib"}
+    assert wanted <= metrics[0].keys() and len(metrics) == len(samples) == 3
+    assert {"text", "r_a", "r_t", "advantage"} <= samples[0]["responses"][0].keys() and samples[0]["target"]
+    assert AutoModelForImageTextToText.from_pretrained(runs / "a" / "checkpoint") is not None
+    assert run(runs, "b", "--steps", "3", "--seed", "1") == 0
+    assert dyme.run_main(lambda: evaluation.main(["--model", str(runs / "a"), str(runs / "b"), "--samples", "2"])) == 0
+    table = capsys.readouterr().out
+    assert "over 2 seeds" in table and "pass@2" in table and "groundedness" in table
+    assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
+
+
+def test_vote_by_hand():
+    def prediction(parsed, strict):
+        return {"parsed": parsed, "strict": strict}
+    groups = [[prediction("4", True), prediction("5", False), prediction("5", False)],
+              [prediction("7", True), prediction(None, False), prediction("7", True)]]
+    examples = [Example("q", "4"), Example("q", "7")]
+    assert evaluation.vote(examples, groups) == {"pass@3": 1.0, "majority@3": 0.5}
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--bogus"], "--bogus"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
+    (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "x"], "missing.json"),
+    (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
+    (["--hints", "x"], "--hints"), (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--mode", "two-stage", "--sft-steps", "9", "--steps", "9"], "--sft-steps 9"), (["--prompts", "x"], "--prompts"),
+    (["--model", "tiny", "--data", "chartqa"], "--model tiny"), (["--temperature", "0"], "--temperature"),
+    (["--model", "nowhere/nothing", "--steps", "1"], "--model nowhere/nothing"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(runs, flags, says, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = dyme.run_main(lambda: dyme.train(dyme.parse_config(["--out", str(runs / "x"), *flags])))
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and says in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_an_existing_run_is_not_touched_unless_asked(runs, capsys):
+    assert run(runs, "a", "--steps", "1") == 0
+    before = (runs / "a" / "metrics.jsonl").read_text()
+    assert run(runs, "a", "--steps", "1") == 2 and "--overwrite" in capsys.readouterr().err
+    assert run(runs, "a", "--resume", "--lr", "0.5") == 2 and "--lr 0.5" in capsys.readouterr().err
+    assert (runs / "a" / "metrics.jsonl").read_text() == before
+    assert run(runs, "a", "--steps", "2", "--overwrite") == 0
+    (runs / "mine").mkdir()
+    (runs / "mine" / "thesis.txt").write_text("years of work")
+    assert run(runs, "mine", "--overwrite") == 2 and (runs / "mine" / "thesis.txt").exists()
+    (runs / "file").write_text("")
+    assert run(runs, "file") == 2
+
+
+def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs, monkeypatch, capsys):
+    rows = []
+    for i in range(12):
+        image = io.BytesIO()
+        reward.toy_examples("train")[i].image().save(image, "PNG")
+        (runs / f"{i}.png").write_bytes(image.getvalue()[:-60] if i == 3 else image.getvalue())  # header is fine
+        rows.append({"question": f"Which bar is the tallest? {i}", "answer": "red", "image": f"{i}.png"})
+    (runs / "rows.json").write_text(json.dumps(rows))
+    base = dyme.tiny_base(runs / "tiny-base", CPU)
+    flags = ["--model", str(base), "--data", str(runs / "rows.json"), "--steps", "8", "--micro-batch", "2"]
+    assert run(runs, "a", *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "rows.json row 4: the image 3.png is missing or unreadable" in error
+    done = len(dyme.read_jsonl(runs / "a" / "metrics.jsonl"))
+    state = torch.load(runs / "a" / "checkpoint" / "training_state.pt", weights_only=True)
+    assert state["step"] == done
+
+
+def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypatch):
+    base = dyme.tiny_base(runs / "base", CPU)
+    stamp = (base / "model.safetensors").stat().st_mtime_ns
+    assert dyme.tiny_base(runs / "base", CPU) == base and (base / "model.safetensors").stat().st_mtime_ns == stamp
+    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | dict(seed=1))
+    dyme.tiny_base(runs / "base", CPU)
+    assert (base / "model.safetensors").stat().st_mtime_ns != stamp
+    shutil.rmtree(base)
+
+
+def test_help_explains_every_flag():
+    text = dyme.build_parser().format_help()
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')} " in text + " "
