@@ -27,7 +27,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Config:
     data: str = "toy"  # toy, chartqa, a "ChartQA Dataset" folder or zip, or your own .json/.jsonl rows
     mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
-    steps: int = 300  # optimisation steps
+    steps: int = 600  # optimisation steps
     epochs: float = 0.0  # passes over the data at --prompts a step; if above 0, it sets --steps
     prompts: int = 8  # prompts in an optimisation step (sft takes prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
@@ -78,7 +78,7 @@ class Config:
     augmented: bool = False  # chartqa: train on the machine-written questions too
     image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less means fewer tiles
     train_vision: bool = False  # train the vision tower too (frozen in the paper)
-    eval_every: int = 100  # steps between evaluations on held-out rows (0: only before and after)
+    eval_every: int = 200  # steps between evaluations on held-out rows (0: only before and after)
     eval_rows: int = 512  # held-out rows in an evaluation
     save_every: int = 100  # steps between checkpoints (0: only at the end)
     resume: bool = False  # go on with the run in --out
@@ -88,28 +88,27 @@ class Config:
 
 # The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
 REAL = dict(epochs=10.0, prompts=32, micro_batch=2, max_new_tokens=300, warmup=50, sft_steps=500,
-            eval_every=200, eval_rows=200)
-LEARNING_RATES = {"toy": dict(dyme=3e-4, grpo=3e-4, sft=3e-4) | {"two-stage": 3e-4},
+            eval_rows=200)
+LEARNING_RATES = {"toy": dict(dyme=5e-4, grpo=5e-4, sft=5e-4) | {"two-stage": 5e-4},
                   "real": dict(dyme=8e-5, grpo=1e-5, sft=1e-5) | {"two-stage": 1e-5}}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
 CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every"}
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter,
-                         allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        """Raise UserError instead of printing the usage."""
+def one_line_parser(description: str) -> argparse.ArgumentParser:
+    """A command-line parser that raises UserError instead of printing its usage."""
+    def error(message: str) -> None:
         raise UserError(f"{message} (--help shows all flags)")
 
+    parser = argparse.ArgumentParser(None, None, description, formatter_class=argparse.RawTextHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = error
+    return parser
 
-def build_parser() -> Parser:
+
+def build_parser() -> argparse.ArgumentParser:
     """Turn the fields of Config into flags, with the comments beside them as help."""
-    parser = Parser(__doc__)
+    parser = one_line_parser(__doc__)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
         real = f"; {REAL[f.name]:g} for real data" if f.name in REAL else ""
@@ -170,7 +169,7 @@ def check_config(cfg: Config) -> None:
     if (cfg.hints or cfg.augmented) and cfg.data.endswith((".json", ".jsonl", "toy")):
         raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
     if cfg.model == "tiny" and cfg.data != "toy":
-        raise UserError(f"--data {cfg.data}: the tiny model only reads the toy; add --model SmolVLM-256M or such")
+        raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
 
 
 # ---- Model: a policy is a model, its processor, and the ids that end a response ------------------
@@ -278,7 +277,7 @@ def freeze_vision(model: torch.nn.Module) -> None:
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
 
-PROMPT = 'Think step by step about the question below, then write "Answer: .." with your answer.\n\n{question}'
+PROMPT = 'Think step by step about the question below, then write "Answer: .." and your answer.\n\n{question}'
 
 
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
@@ -293,16 +292,13 @@ def render(processor: Any, prompt: str, has_image: bool, response: str | None = 
 def end_of_turn(processor: Any) -> int | None:
     """The id with which the chat template ends the assistant's turn, None if it writes none."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    tail = render(processor, "question", False, "response").rpartition("response")[2].strip()
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    tail = render(processor, "question", False, "response").rpartition("response")[2]
+    ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
 
 
 def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> list[int]:
-    """Ids of a target: what the template renders after the generation prompt, cut behind its end token.
-
-    Training on the template's own rendering, and on the end token, is what lets a response stop.
-    """
+    """Ids of a target: what the chat template renders after the generation prompt, up to its end token."""
     before = render(policy.processor, prompt, has_image)
     full = render(policy.processor, prompt, has_image, response)
     if not full.startswith(before):
@@ -311,7 +307,7 @@ def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> l
                          for text in (full, before, full[len(before):]))
     ids = ids[len(prefix):] if ids[:len(prefix)] == prefix else rest
     ends = [i for i, token in enumerate(ids) if token in policy.end_ids]
-    return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]
+    return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]  # untrained, it would never be sampled
 
 
 def reference_response(example: Example) -> str:
@@ -327,9 +323,13 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
     """
     texts = [render(policy.processor, prompt.format(question=e.question), bool(e.image)) for e in examples]
     images = [[shrink(e.image(), policy.image_edge)] if e.image else [] for e in examples]
-    bos = policy.tokenizer.bos_token
-    inputs = policy.processor(text=texts, images=images if any(images) else None, padding=True,
-                              return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
+    has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")
+    try:
+        inputs = policy.processor(text=texts, images=images if any(images) else None, padding=True,
+                                  return_tensors="pt", add_special_tokens=not has_bos)
+    except ValueError as error:  # such as a question that holds the image token itself
+        names = " or ".join(e.name for e in examples)
+        raise UserError(f"{names}: the processor refuses the prompt ({error})") from None
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
     for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
         if length + room > limit:
@@ -340,8 +340,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
 
 def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
     """Limit the longest edge to that many pixels; 0 leaves the image as it is."""
-    if longest_edge:
-        image.thumbnail((longest_edge, longest_edge))
+    image.thumbnail((longest_edge or image.width, longest_edge or image.height))
     return image
 
 
@@ -360,12 +359,10 @@ class Prefix:
 
 def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run prompts and images through the model once; with gradients enabled, the cache carries them."""
-    core = model.model
-    if hasattr(core, "rope_deltas"):
-        core.rope_deltas = None  # else a batch without images would inherit the last batch's
+    model.model.rope_deltas = None  # Qwen-VL sets it; else a batch without images would inherit the last one
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     return Prefix(out.past_key_values, out.logits[:, -1].float(), inputs["attention_mask"],
-                  getattr(core, "rope_deltas", None))
+                  model.model.rope_deltas)
 
 
 def branch(prefix: Prefix, rows: Tensor) -> Prefix:
@@ -400,7 +397,7 @@ class Rollout:
     entropy: Tensor  # (N, T) of the distributions sampled from, in nats
 
 
-def keyed_uniforms(seed: int, step: int, prompts: list[int], generations: int, tokens: int) -> Tensor:
+def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: int, tokens: int) -> Tensor:
     """Random numbers in [0, 1), (P*K, T), that depend on (seed, step, prompt, k) and not on batch shape."""
     keys = [[seed, step, prompt, k] for prompt in prompts for k in range(generations)]
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(tokens, np.float32) for key in keys]))
@@ -530,9 +527,9 @@ def exploration_sequences(ids: list[list[int]], advantages: Tensor, explore: Ten
 def memorization_sequences(policy: Policy, examples: list[Example], explore: Tensor,
                            weight: float) -> list[Sequence]:
     """Ground-truth responses of the prompts that do not explore."""
-    targets = [target_ids(policy, PROMPT.format(question=e.question), bool(e.image), reference_response(e))
-               for e in examples]
-    return [Sequence(p, ids, weight, False) for p, ids in enumerate(targets) if not explore[p]]
+    chosen = [(p, e) for p, e in enumerate(examples) if not explore[p]]
+    return [Sequence(p, target_ids(policy, PROMPT.format(question=e.question), bool(e.image),
+                                   reference_response(e)), weight, False) for p, e in chosen]
 
 
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
@@ -602,7 +599,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     rollouts, sequences, groups, advantages = [], [], None, None
     if method != "sft":
         for x, chunk in zip(inputs, chunks, strict=True):
-            uniforms = keyed_uniforms(cfg.seed, step, list(chunk), K, cfg.max_new_tokens)
+            uniforms = keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens)
             rollouts.append(rollout(policy, x, uniforms, cfg.temperature))
         laps("sampling")
         groups = score(policy, rollouts, examples, cfg.thinking_weight, cfg.format_weight)
@@ -650,7 +647,7 @@ def accumulate_gradients(trainer: Trainer, inputs: list[dict[str, Tensor]], chun
     return total
 
 
-def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: list[int],
+def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: Iterable[int],
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and mask (N, T) of sequences on a chunk's prompts `rows`, and which explore, (N,).
 
@@ -660,7 +657,7 @@ def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, 
     explore = torch.tensor([s.explore for s in sequences], device=policy.device)
     with policy.autocast():
         prefix = encode_prefix(model, inputs)
-        logprobs = completion_logprobs(model, prefix, torch.tensor(rows, device=policy.device), ids,
+        logprobs = completion_logprobs(model, prefix, torch.tensor([*rows], device=policy.device), ids,
                                        torch.where(explore, temperature, 1.0))
     return logprobs, mask, explore
 
@@ -674,8 +671,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(trainer.policy.model.parameters(), 1.0).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite or scaler.is_enabled():  # the scaler skips by itself, and must see that it has to
         scaler.step(optimizer)
@@ -760,7 +756,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
                       disable=None if len(examples) > batch else True):
         part = examples[start:start + batch]
         inputs = encode_prompts(policy, part, max_new_tokens)
-        places = list(range(start, start + len(part)))
+        places = range(start, start + len(part))
         uniforms = keyed_uniforms(seed, 0, places, samples or 1, max_new_tokens)
         rolled = rollout(policy, inputs, uniforms, temperature if samples else 0.0)
         for i, (ids, text, finished) in enumerate(zip(*decode(policy, [rolled]), strict=True)):
@@ -771,7 +767,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 
 
 def prepare_run(cfg: Config) -> Path:
-    """Make or check the run folder; an existing run is never touched unless asked. Raises UserError."""
+    """Check or make the run folder; an existing run is never touched unless asked. Raises UserError."""
     run = Path(cfg.out)
     try:
         holds_run = (run / "config.json").exists()
@@ -780,17 +776,22 @@ def prepare_run(cfg: Config) -> Path:
         if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
         run.mkdir(parents=True, exist_ok=True)
-        if not cfg.resume:
-            for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
-                shutil.rmtree(run / name, ignore_errors=True)
-            for file in run.glob("*.jsonl"):
-                file.unlink()
-            write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        elif (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
+        (run / "config.json.tmp").touch()
+        (run / "config.json.tmp").unlink()
+        if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
             (run / "checkpoint.old").rename(run / "checkpoint")  # a crash fell between a save's two moves
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
     return run
+
+
+def begin_run(run: Path, cfg: Config) -> None:
+    """Clear what an overwritten run left, and write down the settings."""
+    for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for file in run.glob("*.jsonl"):
+        file.unlink()
+    write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -819,13 +820,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
     new, old, final = run / "checkpoint.tmp", run / "checkpoint.old", run / "checkpoint"
-    shutil.rmtree(new, ignore_errors=True)
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
     trainer.policy.model.save_pretrained(new)
     trainer.policy.processor.save_pretrained(new)
     torch.save({"step": step, "failures": trainer.failures, "optimizer": trainer.optimizer.state_dict(),
                 "scaler": trainer.scaler.state_dict()}, new / "training_state.pt")
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
@@ -836,8 +837,7 @@ def load_checkpoint(run: Path, trainer: Trainer) -> int:
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
-    file = run / "checkpoint" / "training_state.pt"
-    state = torch.load(file, map_location=trainer.policy.device, weights_only=True)
+    state = torch.load(run / "checkpoint" / "training_state.pt", trainer.policy.device, weights_only=True)
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.failures = state["failures"]
@@ -865,7 +865,7 @@ def stage(cfg: Config, step: int) -> tuple[str, float]:
     if cfg.mode == "two-stage":
         early = step < cfg.sft_steps
         method, first, last = ("sft", 0, cfg.sft_steps) if early else ("grpo", cfg.sft_steps, cfg.steps)
-    warmup = min(cfg.warmup, (last - first) // 2)
+    warmup = min(cfg.warmup, (last - first) // 2)  # keeps a short stage from being all warm-up
     rise, fall = (step - first + 1) / (warmup + 1), (last - step) / (last - first - warmup)
     return method, cfg.lr * min(rise, fall, 1.0)
 
@@ -895,8 +895,8 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in previous:
+            signal.signal(number, previous[number])
 
 
 def train(cfg: Config) -> None:
@@ -910,12 +910,14 @@ def train(cfg: Config) -> None:
         raise UserError(f"--sft-steps {cfg.sft_steps}: must lie between 0 and the run's {cfg.steps} steps")
     run = prepare_run(cfg)
     base = str(tiny_base(run.parent / "tiny-base", device)) if cfg.model == "tiny" else cfg.model
-    resumed = (run / "checkpoint").exists()
+    resumed = cfg.resume and (run / "checkpoint").exists()
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
+    if not resumed:
+        begin_run(run, cfg)
     step = load_checkpoint(run, trainer) if resumed else 0
     for file, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_jsonl(run / f"{file}.jsonl")
-                 if row["step"] <= kept and resumed]
+                 if row["step"] <= kept]
         write_atomically(run / f"{file}.jsonl", "".join(lines))
     print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
           f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
@@ -947,10 +949,10 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
             bar.set_postfix({shown[key]: f"{metrics[key]:.3g}" for key in shown if key in metrics})
             bar.update()
             done = step + 1
+            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
+                evaluate(trainer, held_out, run, done)  # before the save: a resumed run repeats what follows
             if done == cfg.steps or interrupted or (cfg.save_every and done % cfg.save_every == 0):
                 save_checkpoint(run, trainer, done)
-            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
-                evaluate(trainer, held_out, run, done)
             if interrupted and done < cfg.steps:
                 return False
     return True
@@ -999,9 +1001,9 @@ def tiny_base(folder: Path, device: torch.device) -> Path:
         inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
         targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
                    for i, (example, response) in enumerate(batch)]
-        rows = list(range(r.batch))
+        rows, weights = range(r.batch), torch.full((r.batch,), 1 / r.batch, device=device)
         logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, rows, targets, 1.0)
-        policy_loss(logprobs, mask, torch.full_like(logprobs[:, 0], 1 / r.batch), explore).backward()
+        policy_loss(logprobs, mask, weights, explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = r.lr * min((step + 1) / r.warmup, 1 - 0.9 * step / r.steps)

@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dyme import (CHANGEABLE_ON_RESUME, Config, Parser, append_row, load_policy, read_config, respond,
-                  run_main, select_device, write_atomically)
+from dyme import (CHANGEABLE_ON_RESUME, Config, append_row, load_policy, one_line_parser, read_config,
+                  respond, run_main, select_device, write_atomically)
 from reward import Example, UserError, answers_match, load_data, summarise
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
@@ -25,7 +25,7 @@ COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(__doc__)
+    parser = one_line_parser(__doc__)
 
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         parser.add_argument(flag, type=type(default), default=default, metavar="X", help=text, **options)

@@ -500,7 +500,8 @@ def random_charts(seed: int | list[int], count: int) -> Iterator[Chart]:
 
 
 def toy_question(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str, list[str], str]:
-    """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for value)."""
+    """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for values).
+    """
     a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
     if kind == "difference" and chart.values[a] < chart.values[b]:
         a, b = b, a
