@@ -335,14 +335,14 @@ def pad_batch(rows):
                             else row[key] for row in rows]) for key in rows[0]}
 
 
-def plain_logprobs(model, row, ids):
+def plain_logprobs(model, row, ids, temperature=1.0):
     """Log-probs of one continuation by one forward pass over everything, without padding or cache."""
     length = row["input_ids"].shape[1]
     x = dict(row, input_ids=torch.cat([row["input_ids"], ids[None]], 1))
     x["attention_mask"] = torch.ones_like(x["input_ids"])
     if "mm_token_type_ids" in x:
         x["mm_token_type_ids"] = F.pad(x["mm_token_type_ids"], (0, len(ids)))
-    logits = model(**x, use_cache=False).logits[0, length - 1:-1]
+    logits = model(**x, use_cache=False).logits[0, length - 1:-1] / temperature
     return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
 
 
@@ -400,9 +400,14 @@ def examples():
 
 def test_greedy_sampling_is_generate(tiny, examples):
     inputs = dyme.encode_prompts(tiny, examples[:6], room=20)
-    ends = [*tiny.end_ids, 60, 61]  # more ends, so that random responses end at different lengths
-    prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), torch.arange(6))
-    rolled = dyme.sample(tiny.model, prefix, torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
+
+    def greedy(ends):
+        prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), torch.arange(6))
+        return dyme.sample(tiny.model, prefix, torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
+
+    ends = [*tiny.end_ids, *greedy(tiny.end_ids).ids[[0, 1], [4, 9]].tolist()]  # so that responses end, at all lengths
+    rolled = greedy(ends)
+    assert 0 < rolled.finished.sum() <= 6 and rolled.mask.sum(1).unique().numel() > 1
     expected = tiny.model.generate(**inputs, do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=tiny.pad_id)
     expected = expected[:, inputs["input_ids"].shape[1]:]
     assert torch.equal(rolled.ids, F.pad(expected, (0, rolled.ids.shape[1] - expected.shape[1])))
@@ -543,7 +548,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatc
 
 def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch):
     fake_scores(monkeypatch, CORRECT)
-    trainer = make_trainer(tiny)
+    trainer = make_trainer(tiny, temperature=0.7)
     model, seen = trainer.policy.model, {}
     real = dyme.exploration_sequences
     monkeypatch.setattr(dyme, "exploration_sequences", lambda ids, *a, **k: seen.update(ids=ids) or real(ids, *a, **k))
@@ -561,11 +566,12 @@ def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch)
         if not any(row):
             target = dyme.target_ids(policy, dyme.PROMPT.format(question=examples[p].question), True,
                                      dyme.reference_response(examples[p]))
-            total -= plain_logprobs(model, inputs, torch.tensor(target)).mean() / 4  # full weight per prompt
+            total -= plain_logprobs(model, inputs, torch.tensor(target)).mean() / 4  # full weight, temperature 1
             continue
         for k in range(4):
             advantage = (rewards[k] - rewards.mean()) / (rewards.std() + 1e-4)
-            total -= advantage * plain_logprobs(model, inputs, torch.tensor(seen["ids"][4 * p + k])).mean() / 16
+            logprobs = plain_logprobs(model, inputs, torch.tensor(seen["ids"][4 * p + k]), temperature=0.7)
+            total -= advantage * logprobs.mean() / 16
     total.backward()
     expected = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
@@ -837,7 +843,15 @@ def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypa
     shutil.rmtree(base)
 
 
-def test_help_explains_every_flag():
-    text = dyme.build_parser().format_help()
-    for field in dataclasses.fields(Config):
-        assert f"--{field.name.replace('_', '-')} " in text + " "
+def test_help_and_readme_know_every_flag_metric_and_function(runs, capsys):
+    readme = (Path(dyme.__file__).parent / "README.md").read_text()
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
+    assert all(f"{flag} " in dyme.build_parser().format_help() for flag in flags)
+    assert run(runs, "a", "--steps", "1") == 0
+    assert all(f"`{key}`" in readme for key in dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0])
+    code = " ".join((Path(dyme.__file__).parent / name).read_text() for name in ("dyme.py", "eval.py"))
+    mentioned = set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help"}
+    assert all(flag in flags or f'"{flag}"' in code for flag in mentioned)
+    table = readme[readme.index("## The paper in code"):readme.index("## Options")]
+    names = [name for name in re.findall(r"`([a-z_]+)`", table)]
+    assert len(names) > 10 and all(hasattr(dyme, name) or hasattr(reward, name) for name in names)
