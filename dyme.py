@@ -13,6 +13,7 @@ examples and rewards are in reward.py.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -266,13 +267,19 @@ def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, im
     return Policy(model.eval(), processor, end_ids, pad_id, device, image_edge)
 
 
+def vision_towers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost modules that encode images."""
+    towers = [module for name, module in model.named_modules()
+              if name.rpartition(".")[2] in ("vision_model", "vision_tower", "visual")]
+    return [m for m in towers if not any(m is not other and m in other.modules() for other in towers)]
+
+
 def freeze_vision(model: torch.nn.Module) -> None:
     """Stop gradients to the vision tower; the connector from it to the language model stays trained."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("vision_model", "vision_tower", "visual"):
-            module.requires_grad_(False)
-            if hasattr(module, "merger"):  # Qwen keeps its connector inside the tower
-                module.merger.requires_grad_(True)
+    for tower in vision_towers(model):
+        tower.requires_grad_(False)
+        if hasattr(tower, "merger"):  # Qwen keeps its connector inside the tower
+            tower.merger.requires_grad_(True)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
@@ -363,6 +370,37 @@ def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     return Prefix(out.past_key_values, out.logits[:, -1].float(), inputs["attention_mask"],
                   model.model.rope_deltas)
+
+
+@contextlib.contextmanager
+def vision_once(model: torch.nn.Module) -> Iterator[None]:
+    """Let a frozen vision tower encode a batch of images once, though sampling and update both pass it.
+
+    What is kept is its output before the connector, which still gets its gradient. A tower with a trainable part
+    (Qwen's holds its connector) runs every time.
+    """
+    kept: dict[int, tuple[Tensor, Any]] = {}
+    towers = [m for m in vision_towers(model) if not any(p.requires_grad for p in m.parameters())]
+    batch: list[Tensor] = []
+
+    def remember(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        batch[:] = [inputs["pixel_values"]] if inputs.get("pixel_values") is not None else []
+
+    def encode(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        pixels = batch[0]  # kept alive below, so that its id stays its own
+        if id(pixels) not in kept:
+            kept[id(pixels)] = pixels, type(tower).forward(tower, *args, **kwargs)
+        return copy.copy(kept[id(pixels)][1])  # models write into the output they are given
+
+    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+    for tower in towers:
+        tower.forward = functools.partial(encode, tower)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for tower in towers:
+            del tower.forward
 
 
 def branch(prefix: Prefix, rows: Tensor) -> Prefix:
@@ -939,7 +977,8 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
             method, lr = stage(cfg, step)
             try:
                 examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
-                metrics, group = train_step(trainer, examples, step, method, lr)
+                with vision_once(trainer.policy.model):
+                    metrics, group = train_step(trainer, examples, step, method, lr)
             except UserError:
                 save_checkpoint(run, trainer, step)  # an unusable row must not cost the steps before it
                 raise

@@ -3,6 +3,7 @@
 On the CPU, offline, in minutes. Where ../shared is present, with the real SmolVLM processor and real charts.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -360,6 +361,32 @@ def test_shared_prompts_give_the_plain_logprobs_and_gradients(family):
     gradients = [torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (shared, plain)]
     pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None]
     assert len(pairs) > 20 and all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_once_changes_no_loss_and_no_connector_gradient(family):
+    model = tiny_family(family)
+    dyme.freeze_vision(model)
+    batch = pad_batch([family_inputs(family, [10, 11], 1), family_inputs(family, [12, 13, 14], 2)])
+    passes, results = [], []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.register_forward_hook(lambda *_: passes.append(1))
+    for context in (contextlib.nullcontext(), dyme.vision_once(model)):
+        passes.clear()
+        model.zero_grad()
+        with context:
+            with torch.no_grad():
+                dyme.encode_prefix(model, batch)  # as for sampling
+            loss = dyme.completion_logprobs(model, dyme.encode_prefix(model, batch), torch.tensor([0, 1]),
+                                            torch.tensor([[20, 21], [22, 23]]), torch.ones(2)).sum()
+            loss.backward()
+        connector = [p.grad for n, p in model.named_parameters() if re.search("connector|projector|merger", n)]
+        results.append((loss.item(), [g.clone() for g in connector if g is not None], len(passes)))
+    (loss, grads, twice), (loss_once, grads_once, once) = results
+    assert loss == loss_once and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(grads, grads_once, strict=True))
+    assert (twice, once) == (2, 2 if family == "qwen2_5_vl" else 1) and grads  # Qwen's connector is inside its tower
+    assert not any("forward" in vars(tower) for tower in dyme.vision_towers(model))  # nothing is left behind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
