@@ -235,16 +235,13 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except ImportError as error:
-        package = next((p for p in ("torchvision", "num2words") if p in str(error).lower()), None)
-        needs = f"needs a package: pip install {package}" if package else " ".join(str(error).split())
-        raise UserError(f"--model {name}: {needs}") from None
     except Exception as error:  # loaders raise many kinds, and all mean the same to the user
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--model {name}: cannot be loaded: {reason} (give a hub id, a directory, or one of "
-                        f"{', '.join(MODELS)})") from None
+        package = next((p for p in ("torchvision", "num2words") if p in reason.lower()), None)
+        advice = f"pip install {package}" if package else f"give a hub id, a directory or one of {[*MODELS]}"
+        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
     if info["missing_keys"]:
-        raise UserError(f"--model {name}: has no weights for {sorted(info['missing_keys'])[0]}")
+        raise UserError(f"--model {name}: has no weights for {min(info['missing_keys'])}")
     return make_policy(model.to(device), processor, device, image_edge)
 
 
@@ -268,10 +265,9 @@ def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, im
 
 
 def vision_towers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost modules that encode images."""
-    towers = [module for name, module in model.named_modules()
-              if name.rpartition(".")[2] in ("vision_model", "vision_tower", "visual")]
-    return [m for m in towers if not any(m is not other and m in other.modules() for other in towers)]
+    """The modules that encode images, as the families name them."""
+    names = ("vision_model", "vision_tower", "visual")
+    return [getattr(model.model, name) for name in names if hasattr(model.model, name)]
 
 
 def freeze_vision(model: torch.nn.Module) -> None:
@@ -374,25 +370,22 @@ def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
 
 @contextlib.contextmanager
 def vision_once(model: torch.nn.Module) -> Iterator[None]:
-    """Let a frozen vision tower encode a batch of images once, though sampling and update both pass it.
+    """Let a frozen vision tower encode a batch of images once, for sampling and for the update.
 
-    What is kept is its output before the connector, which still gets its gradient. A tower with a trainable part
-    (Qwen's holds its connector) runs every time.
+    Kept is its output before the connector, which still gets its gradient. A tower with a trainable part, such as
+    Qwen's with its connector inside, runs every time.
     """
-    kept: dict[int, tuple[Tensor, Any]] = {}
+    kept, batch = {}, []
     towers = [m for m in vision_towers(model) if not any(p.requires_grad for p in m.parameters())]
-    batch: list[Tensor] = []
-
-    def remember(_: Any, args: Any, inputs: dict[str, Any]) -> None:
-        batch[:] = [inputs["pixel_values"]] if inputs.get("pixel_values") is not None else []
 
     def encode(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        pixels = batch[0]  # kept alive below, so that its id stays its own
+        pixels = batch[-1]  # kept alive along with its features, so that its id stays its own
         if id(pixels) not in kept:
             kept[id(pixels)] = pixels, type(tower).forward(tower, *args, **kwargs)
         return copy.copy(kept[id(pixels)][1])  # models write into the output they are given
 
-    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: batch.append(inputs.get("pixel_values")),
+                                           with_kwargs=True)
     for tower in towers:
         tower.forward = functools.partial(encode, tower)
     try:
@@ -630,33 +623,33 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
                lr: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take a step by `method` (dyme, grpo or sft) on P prompts; its metrics, and its first group in full."""
     cfg, policy, prompts, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    laps = Stopwatch(policy.device)
+    start = time.perf_counter()
     chunks = [range(i, min(i + cfg.micro_batch, prompts)) for i in range(0, prompts, cfg.micro_batch)]
     inputs = [encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks]
-    explore = torch.zeros(prompts, dtype=torch.bool)
-    rollouts, sequences, groups, advantages = [], [], None, None
-    if method != "sft":
-        for x, chunk in zip(inputs, chunks, strict=True):
-            uniforms = keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens)
-            rollouts.append(rollout(policy, x, uniforms, cfg.temperature))
-        laps("sampling")
+    draws = [keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens) for chunk in chunks]
+    rollouts = [rollout(policy, x, uniforms, cfg.temperature)
+                for x, uniforms in zip(inputs, draws, strict=True) if method != "sft"]
+    sampled = time.perf_counter()
+    explore, groups, advantages, sequences = torch.zeros(prompts, dtype=torch.bool), None, None, []
+    if rollouts:
         groups = score(policy, rollouts, examples, cfg.thinking_weight, cfg.format_weight)
         advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
         if cfg.released_code:
             advantages[groups.correct.amin(1) == 1] = 0.0
         explore = choose_mode(groups.correct) if method == "dyme" else ~explore  # Eq. 6
         sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
-        laps("scoring")
+    scored = time.perf_counter()
     share = 1 / K if cfg.released_code and method == "dyme" else 1.0
     sequences += memorization_sequences(policy, examples, explore, weight=share / prompts)
     metrics = {"step": step, "method": method, "lr": lr, "empty_steps": int(not sequences)}
     if sequences:
         metrics |= accumulate_gradients(trainer, inputs, chunks, sequences)  # Eq. 7 and 8
         metrics |= apply_gradients(trainer, metrics["loss"], lr)
-    laps("update")
-    metrics |= step_metrics(rollouts, groups, explore, sequences) | laps.seconds
-    metrics["tokens_per_s"] = metrics["tokens"] / sum(laps.seconds.values())
-    metrics["peak_memory_gib"] = peak_memory_gib(policy.device)
+    end = time.perf_counter()
+    metrics |= step_metrics(rollouts, groups, explore, sequences)
+    metrics |= {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
+                "seconds_update": end - scored, "tokens_per_s": metrics["tokens"] / (end - start),
+                "peak_memory_gib": peak_memory_gib(policy.device)}
     return metrics, {"step": step} | first_group(policy, examples[0], groups, advantages, sequences)
 
 
@@ -725,19 +718,6 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 def bar_interval() -> float:
     """Seconds between updates of a progress bar: often on a terminal, rarely in a log."""
     return 0.5 if sys.stderr.isatty() else 30.0
-
-
-class Stopwatch:
-    """Seconds between calls, by name."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[f"seconds_{name}"], self.last = now - self.last, now
 
 
 def step_metrics(rollouts: list[Rollout], groups: Groups | None, explore: Tensor,
