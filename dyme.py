@@ -40,8 +40,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward import (COLORS, FLAG, Example, UserError, judge, load_data, summarise, thinking_f1, toy_examples,
-                    toy_lessons, verify)
+from reward import (COLORS, FLAG, Example, UserError, judge, load_data, split_response, spread, summarise,
+                    thinking_f1, toy_examples, toy_lessons, verify)
 
 
 class DivergedError(Exception):
@@ -67,7 +67,7 @@ class Config:
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
     sft_steps: int = 100  # two-stage: steps of SFT before GRPO
-    lr: float = 0.0  # peak learning rate (0: by mode)
+    lr: float = 0.0  # peak learning rate (0: that of LEARNING_RATES below)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
     thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
@@ -90,7 +90,7 @@ class Config:
 # The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
 REAL = dict(epochs=10.0, prompts=32, micro_batch=2, max_new_tokens=300, warmup=50, sft_steps=500,
             eval_rows=200)
-LEARNING_RATES = {"toy": dict(dyme=5e-4, grpo=5e-4, sft=5e-4) | {"two-stage": 5e-4},
+LEARNING_RATES = {"toy": dict(dyme=5e-4, grpo=5e-4, sft=1e-4) | {"two-stage": 5e-4},
                   "real": dict(dyme=8e-5, grpo=1e-5, sft=1e-5) | {"two-stage": 1e-5}}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
 CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every"}
@@ -101,8 +101,8 @@ def one_line_parser(description: str) -> argparse.ArgumentParser:
     def error(message: str) -> None:
         raise UserError(f"{message} (--help shows all flags)")
 
-    parser = argparse.ArgumentParser(None, None, description, formatter_class=argparse.RawTextHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = error
     return parser
 
@@ -114,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     for f in dataclasses.fields(Config):
         real = f"; {REAL[f.name]:g} for real data" if f.name in REAL else ""
         shown = f" [{f.default}{real}]" if f.default not in ("", False) or real else ""
+        shown = f"\n{json.dumps(LEARNING_RATES)}" if f.name == "lr" else shown
         options = dict(default=argparse.SUPPRESS, help=(comments[f.name] + shown).replace("%", "%%"))
         if f.type is bool:
             options["action"] = "store_true"
@@ -147,11 +148,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Read a run's `config.json`. Raises UserError if there is none."""
+    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's."""
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{run}: is not a run folder (no readable config.json)") from None
+        return dataclasses.asdict(Config(**json.loads((run / "config.json").read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{run}: is not a run folder (it has no config.json of a run)") from None
 
 
 def check_config(cfg: Config) -> None:
@@ -220,7 +221,8 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros((), device=name).device
+        torch.ones(1, device=name).cpu()
+        return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -232,6 +234,8 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     run = Path(name) / "checkpoint"
     source = str(run) if run.is_dir() else MODELS.get(name, name)
     try:
+        if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+            raise ValueError("no such directory, nor the form of a hub id")
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
@@ -315,7 +319,8 @@ def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> l
 
 def reference_response(example: Example) -> str:
     """What is memorized (Eq. 1): the trace and the answer line, or the answer line alone without a trace."""
-    return "\n".join(filter(None, [example.hint, f"{FLAG} {example.answer}"]))
+    thinking, _ = split_response(example.hint or "")  # a trace may hold a flag of its own
+    return "\n".join(filter(None, [thinking, f"{FLAG} {example.answer}"]))
 
 
 def encode_prompts(policy: Policy, examples: list[Example], room: int,
@@ -372,20 +377,25 @@ def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
 def vision_once(model: torch.nn.Module) -> Iterator[None]:
     """Let a frozen vision tower encode a batch of images once, for sampling and for the update.
 
-    Kept is its output before the connector, which still gets its gradient. A tower with a trainable part, such as
-    Qwen's with its connector inside, runs every time.
+    Sampling keeps its output, before the connector, and the update takes it: the connector gets its gradient.
+    A tower with a trainable part, such as Qwen's with its connector inside, runs every time.
     """
-    kept, batch = {}, []
+    kept, batch = {}, [None]
     towers = [m for m in vision_towers(model) if not any(p.requires_grad for p in m.parameters())]
 
     def encode(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        pixels = batch[-1]  # kept alive along with its features, so that its id stays its own
-        if id(pixels) not in kept:
-            kept[id(pixels)] = pixels, type(tower).forward(tower, *args, **kwargs)
-        return copy.copy(kept[id(pixels)][1])  # models write into the output they are given
+        pixels = batch[0]  # kept alive along with its features, so that its id stays its own
+        _, features = kept.pop(id(pixels), (None, None))
+        if features is None:
+            features = type(tower).forward(tower, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            kept[id(pixels)] = pixels, copy.copy(features)  # models write into the output they are given
+        return features
 
-    hook = model.register_forward_pre_hook(lambda _, args, inputs: batch.append(inputs.get("pixel_values")),
-                                           with_kwargs=True)
+    def remember(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        batch[0] = inputs.get("pixel_values")
+
+    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
     for tower in towers:
         tower.forward = functools.partial(encode, tower)
     try:
@@ -625,10 +635,13 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     cfg, policy, prompts, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
     start = time.perf_counter()
     chunks = [range(i, min(i + cfg.micro_batch, prompts)) for i in range(0, prompts, cfg.micro_batch)]
-    inputs = [encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks]
-    draws = [keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens) for chunk in chunks]
-    rollouts = [rollout(policy, x, uniforms, cfg.temperature)
-                for x, uniforms in zip(inputs, draws, strict=True) if method != "sft"]
+    inputs = (encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks)
+    rollouts = []
+    if method != "sft":  # which takes its many prompts as they come, to save memory
+        inputs = list(inputs)
+        for x, chunk in zip(inputs, chunks, strict=True):
+            uniforms = keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens)
+            rollouts.append(rollout(policy, x, uniforms, cfg.temperature))
     sampled = time.perf_counter()
     explore, groups, advantages, sequences = torch.zeros(prompts, dtype=torch.bool), None, None, []
     if rollouts:
@@ -653,7 +666,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     return metrics, {"step": step} | first_group(policy, examples[0], groups, advantages, sequences)
 
 
-def accumulate_gradients(trainer: Trainer, inputs: list[dict[str, Tensor]], chunks: list[range],
+def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], chunks: list[range],
                          sequences: list[Sequence]) -> dict[str, float]:
     """Backward through every chunk with something to train on; the loss and KL of the whole step.
 
@@ -744,7 +757,8 @@ def first_group(policy: Policy, example: Example, groups: Groups | None, advanta
                 sequences: list[Sequence]) -> dict[str, Any]:
     """A step's first prompt in full, for `samples.jsonl`."""
     target = next((s.ids for s in sequences if s.prompt == 0 and not s.explore), None)
-    parts = {"r_a": groups.correct, "r_t": groups.thinking, "advantage": advantages} if groups else {}
+    parts = {} if groups is None else {"r_a": groups.correct, "r_t": groups.thinking, "r_f": groups.in_format,
+                                       "reward": groups.rewards, "advantage": advantages}
     return {"name": example.name, "question": example.question, "answer": example.answer,
             "facts": example.facts, "mode": "memorization" if target else "exploration",
             "target": target and policy.tokenizer.decode(target, skip_special_tokens=True).strip(),
@@ -788,7 +802,7 @@ def prepare_run(cfg: Config) -> Path:
     """Check or make the run folder; an existing run is never touched unless asked. Raises UserError."""
     run = Path(cfg.out)
     try:
-        holds_run = (run / "config.json").exists()
+        holds_run = (run / "config.json").exists() and bool(read_config(run))
         if holds_run and not (cfg.resume or cfg.overwrite):
             raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
         if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -807,7 +821,7 @@ def begin_run(run: Path, cfg: Config) -> None:
     """Clear what an overwritten run left, and write down the settings."""
     for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for file in run.glob("*.jsonl"):
+    for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
         file.unlink()
     write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
@@ -823,13 +837,13 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON line; numbers that are not finite become null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a line cut short by a crash is left out, a missing file is empty."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
@@ -857,7 +871,8 @@ def load_checkpoint(run: Path, trainer: Trainer) -> int:
     """
     state = torch.load(run / "checkpoint" / "training_state.pt", trainer.policy.device, weights_only=True)
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and trainer.scaler.is_enabled():  # a run may go on with another precision
+        trainer.scaler.load_state_dict(state["scaler"])
     trainer.failures = state["failures"]
     return state["step"]
 
@@ -922,24 +937,23 @@ def train(cfg: Config) -> None:
     device = select_device(cfg.device)
     rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
                       for split in ("train", "val"))
-    held_out = held_out[::max(1, len(held_out) // cfg.eval_rows)][:cfg.eval_rows]
+    held_out = spread(held_out, cfg.eval_rows)
     cfg.steps = math.ceil(cfg.epochs * len(rows) / cfg.prompts) or cfg.steps
     if cfg.mode == "two-stage" and not 0 < cfg.sft_steps < cfg.steps:
         raise UserError(f"--sft-steps {cfg.sft_steps}: must lie between 0 and the run's {cfg.steps} steps")
     run = prepare_run(cfg)
-    base = str(tiny_base(run.parent / "tiny-base", device)) if cfg.model == "tiny" else cfg.model
+    base = str(tiny_base(run.resolve().parent / "tiny-base")) if cfg.model == "tiny" else cfg.model
     resumed = cfg.resume and (run / "checkpoint").exists()
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
     if not resumed:
         begin_run(run, cfg)
     step = load_checkpoint(run, trainer) if resumed else 0
     for file, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_jsonl(run / f"{file}.jsonl")
-                 if row["step"] <= kept]
+        lines = [json.dumps(row) + "\n" for row in read_jsonl(run / f"{file}.jsonl") if row["step"] <= kept]
         write_atomically(run / f"{file}.jsonl", "".join(lines))
     print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
           f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
-    if step == 0:
+    if not read_jsonl(run / "evaluations.jsonl"):
         evaluate(trainer, held_out, run, step)
     if not train_loop(trainer, rows, held_out, run, step):
         print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
@@ -965,14 +979,15 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
             append_row(run / "metrics.jsonl", metrics)
             append_row(run / "samples.jsonl", group)
             shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
-            bar.set_postfix({shown[key]: f"{metrics[key]:.3g}" for key in shown if key in metrics})
+            bar.set_postfix({shown[key]: round(metrics[key], 2 if metrics[key] < 10 else None)
+                             for key in shown if key in metrics})
             bar.update()
-            done = step + 1
+            done, stop = step + 1, bool(interrupted)
             if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 evaluate(trainer, held_out, run, done)  # before the save: a resumed run repeats what follows
-            if done == cfg.steps or interrupted or (cfg.save_every and done % cfg.save_every == 0):
+            if done == cfg.steps or stop or (cfg.save_every and done % cfg.save_every == 0):
                 save_checkpoint(run, trainer, done)
-            if interrupted and done < cfg.steps:
+            if stop and done < cfg.steps:
                 return False
     return True
 
@@ -980,7 +995,7 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) -> None:
     """Answer held-out rows greedily, into `held-out-STEP.jsonl`; averages go to `evaluations.jsonl`."""
     cfg = trainer.cfg
-    predictions = list(respond(trainer.policy, held_out, cfg.max_new_tokens, max(8, cfg.micro_batch)))
+    predictions = list(respond(trainer.policy, held_out, cfg.max_new_tokens, 4 * cfg.micro_batch))
     summary = summarise(predictions)
     write_atomically(run / f"held-out-{step}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     append_row(run / "evaluations.jsonl", {"step": step} | summary)
@@ -1002,17 +1017,22 @@ def report(cfg: Config, run: Path) -> None:
 
 # ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
 
-TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.02)
+TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.005)
 
 
-def tiny_base(folder: Path, device: torch.device) -> Path:
-    """Make the base model of the toy, once, and keep it in `folder` for all modes and seeds."""
+def tiny_base(folder: Path) -> Path:
+    """Make the base model of the toy, once, on the CPU, and keep it in `folder` for all modes and seeds."""
     recipe = json.dumps(TINY_RECIPE)
     with contextlib.suppress(OSError):
         if (folder / "recipe.json").read_text() == recipe:
             return folder
     r = argparse.Namespace(**TINY_RECIPE)
-    policy = make_policy(build_tiny_model(r.seed).to(device), build_tiny_processor(), device)
+    new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    policy = make_policy(build_tiny_model(r.seed), build_tiny_processor(), torch.device("cpu"))
     lessons = toy_lessons(r.seed, r.batch * r.steps, r.flagged, PROMPT)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01)
     for step in tqdm(range(r.steps), "making the tiny base model", ncols=80, mininterval=bar_interval()):
@@ -1020,7 +1040,7 @@ def tiny_base(folder: Path, device: torch.device) -> Path:
         inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
         targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
                    for i, (example, response) in enumerate(batch)]
-        rows, weights = range(r.batch), torch.full((r.batch,), 1 / r.batch, device=device)
+        rows, weights = range(r.batch), torch.full((r.batch,), 1 / r.batch)
         logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, rows, targets, 1.0)
         policy_loss(logprobs, mask, weights, explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
@@ -1028,7 +1048,6 @@ def tiny_base(folder: Path, device: torch.device) -> Path:
             group["lr"] = r.lr * min((step + 1) / r.warmup, 1 - 0.9 * step / r.steps)
         optimizer.step()
         optimizer.zero_grad()
-    new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     policy.model.save_pretrained(new)
     policy.processor.save_pretrained(new)
     (new / "recipe.json").write_text(recipe)
@@ -1103,14 +1122,17 @@ def run_main(program: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory; lower --micro-batch, --image-edge, --max-new-tokens or --generations",
-              file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # PyTorch says it in several ways
+        if not (isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error))):
+            raise
+        print("error: out of memory; lower the batch (--micro-batch; --batch in eval.py), --image-edge, "
+              "--max-new-tokens or --generations", file=sys.stderr)
         return 2
     except DivergedError as error:
         print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dyme import (CHANGEABLE_ON_RESUME, Config, append_row, load_policy, one_line_parser, read_config,
                   respond, run_main, select_device, write_atomically)
-from reward import Example, UserError, answers_match, load_data, summarise
+from reward import Example, UserError, answers_match, load_data, spread, summarise
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 
@@ -57,9 +57,15 @@ def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     is_run = (Path(name) / "config.json").exists() and (Path(name) / "checkpoint").is_dir()
     saved = read_config(Path(name)) if is_run else {}
     data = args.data or saved.get("data", "toy")
-    toy = data == "toy"
-    examples = load_data(data, "test")
-    examples = examples[::max(1, len(examples) // args.limit)][:args.limit] if args.limit else examples
+    toy, own = data == "toy", data == saved.get("data") and data.endswith((".json", ".jsonl"))
+    examples = load_data(data, "val" if own else "test")  # of your own rows, the tenth that was held back
+    examples = spread(examples, args.limit or len(examples))
+    out = Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "predictions.jsonl", "")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     policy = load_policy(name, select_device(args.device), args.image_edge or saved.get("image_edge", 0))
     limit = args.max_new_tokens or (saved.get("max_new_tokens", Config.max_new_tokens) if toy else 1024)
     batch = args.batch or (64 if toy else 8)
@@ -72,15 +78,9 @@ def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         summary |= vote(examples, groups)
         for prediction, group in zip(predictions, groups, strict=True):
             prediction["samples"] = [{key: p[key] for key in ("response", "parsed", "strict")} for p in group]
-    out = Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "predictions.jsonl", "")
-        for prediction in predictions:
-            append_row(out / "predictions.jsonl", prediction)
-        write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    for prediction in predictions:
+        append_row(out / "predictions.jsonl", prediction)
+    write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
     print(f"wrote {out / 'predictions.jsonl'}", file=sys.stderr)
     setting = {key: value for key, value in saved.items() if key not in CHANGEABLE_ON_RESUME | {"seed"}}
     return summary | {"setting": json.dumps(setting) if saved else name, "mode": saved.get("mode", "base"),
@@ -91,7 +91,7 @@ def vote(examples: list[Example], groups: list[list[dict[str, Any]]]) -> dict[st
     """pass@k (any of k samples is right) and majority@k (the commonest answer in the format is right)."""
     passed, majority, k = 0, 0, len(groups[0])
     for example, group in zip(examples, groups, strict=True):
-        answers = Counter(p["parsed"].lower().rstrip(".") for p in group if p["parsed"])
+        answers = Counter(p["parsed"].lower().rstrip(".").replace(",", "") for p in group if p["parsed"])
         passed += any(p["strict"] for p in group)
         majority += bool(answers) and answers_match(answers.most_common(1)[0][0], example.answer, 0.05)
     return {f"pass@{k}": passed / len(groups), f"majority@{k}": majority / len(groups)}
@@ -108,10 +108,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(" ".join([f"{row['model']:{width}} {row['mode']:9} {row['seed']:>4} {row['rows']:5}", *shown]))
     for setting in dict.fromkeys(row["setting"] for row in rows):
         seeds = [row for row in rows if row["setting"] == setting]
-        if len(seeds) > 1:
-            scores = [row["strict"] for row in seeds]
-            print(f"{seeds[0]['mode']} over {len(seeds)} seeds: strict {sum(scores) / len(scores):.3f} "
-                  f"(from {min(scores):.3f} to {max(scores):.3f})")
+        if len({row["seed"] for row in seeds}) > 1:
+            for column in ("strict", "official"):
+                scores = [row[column] for row in seeds]
+                mean = sum(scores) / len(scores)
+                print(f"{seeds[0]['mode']}, {column}, {len(seeds)} seeds: mean {mean:.3f} "
+                      f"(from {min(scores):.3f} to {max(scores):.3f})")
 
 
 def main(argv: list[str] | None = None) -> None:

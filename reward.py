@@ -212,7 +212,7 @@ def _arithmetic(expression: str) -> float | None:
 
     try:
         return value(ast.parse(expression, mode="eval").body)
-    except (ValueError, SyntaxError, ZeroDivisionError):
+    except (ValueError, SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
 
 
@@ -270,7 +270,7 @@ def read_rows(path: Path, split: str) -> list[Example]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
         rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"--data {path}: cannot be read ({error})") from None
@@ -307,6 +307,12 @@ def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
 
     open_image(header_only=True)
     return open_image
+
+
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """At most `count` rows, evenly spread over all of them."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def hold_back(examples: list[Example], groups: list[str], split: str, source: str) -> list[Example]:
@@ -352,8 +358,10 @@ def read_chartqa(root: Any, split: str, augmented: bool, hints_file: str) -> lis
         file = root / part / f"{part}_{kind}.json"
         try:
             rows = json.loads(file.read_bytes().decode("utf-8")) if file.exists() else []
-        except ValueError as error:
-            raise UserError(f"{file}: is not valid JSON ({error})") from None
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file}: cannot be read ({error})") from None
+        if not isinstance(rows, list):
+            raise UserError(f"{file}: holds no list of rows")
         for i, row in enumerate(rows, 1):
             name, row = f"{file.name} row {i}", row if isinstance(row, dict) else {}
             if not all(isinstance(row.get(key), str) for key in ("imgname", "query", "label")):
@@ -382,7 +390,8 @@ def read_hints(file: str) -> dict[tuple[str, str], str]:
     traces: dict[tuple[str, str], set[str]] = {}
     try:
         for row in json.loads(Path(file).read_text(encoding="utf-8")) if file else []:
-            traces.setdefault((row["question"].strip(), str(row["answer"]).strip()), set()).add(row["hint"])
+            pair = row["question"].strip(), str(row["answer"]).strip()
+            traces.setdefault(pair, set()).add(row["hint"].strip())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"is not a JSON list of {{question, answer, hint}} ({error!r})"
         raise UserError(f"--hints {file}: {reason}") from None
@@ -396,7 +405,10 @@ def read_table(path: Any) -> list[list[str]]:
     """Read a chart's CSV table; empty if there is none or it has no values."""
     if not path.exists():
         return []
-    rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig", errors="replace"))))
+    try:
+        rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig", errors="replace"))))
+    except (OSError, csv.Error, zipfile.BadZipFile):
+        return []
     return [[cell.strip() for cell in row] for row in rows if len(row) > 1]
 
 
@@ -417,7 +429,8 @@ def relevant_cells(table: list[list[str]], question: str, answer: str,
         return found or list(range(1, len(labels) + 1))
 
     rows, columns = named([row[0] for row in table[1:]]), named(table[0][1:])
-    cells = [(table[r][0], table[0][c], table[r][c]) for r in rows for c in columns if c < len(table[r])]
+    cells = [(table[r][0], table[0][c], table[r][c]) for r in rows for c in columns
+             if c < len(table[r]) and table[r][c] not in ("", "-", "nan")]
     hold_answer = [any(answers_match(part, answer) for part in cell) for cell in cells]
     chosen = sorted(range(len(cells)), key=lambda i: not hold_answer[i])[:most]
     return [cells[i] for i in sorted(chosen)]
@@ -430,17 +443,19 @@ def chart_trace(table: list[list[str]], question: str, answer: str) -> str | Non
         return None
     observed = ", ".join(f"{row} ({column}) = {value}" for row, column, value in cells)
     return (f"Goal: {question}\nObservation: The chart shows {observed}.\n"
-            f"Reasoning: {explain(cells, answer)}\nConclusion: The answer is {answer}.")
+            f"Reasoning: {explain(cells, question, answer)}\nConclusion: The answer is {answer}.")
 
 
-def explain(cells: list[tuple[str, str, str]], answer: str) -> str:
+def explain(cells: list[tuple[str, str, str]], question: str, answer: str) -> str:
     """Say how the answer follows from the cells: read off, one arithmetic step, or a comparison."""
     for row, column, value in cells:
         if answers_match(value, answer) or answers_match(row, answer) or answers_match(column, answer):
             return f"Among these, {row} ({column}) with {value} is the one asked for."
     numbers = [(v.rstrip("%"), n) for _, _, v in cells if (n := parse_number(v)) is not None]
     wanted = parse_number(answer)
-    if wanted is not None and numbers:
+    cue = re.search("sum|total|add|differ|average|mean|median|ratio|times|divid|more|less|change|combined|"
+                    "together|increase|decrease|higher|lower|gap|subtract", question.lower())
+    if wanted is not None and numbers and cue:  # without a cue, arithmetic that fits is mostly a coincidence
         texts, values = zip(*numbers, strict=True)
         total, count = " + ".join(texts), len(texts)
         steps = [(total, sum(values)), (f"({total}) / {count}", sum(values) / count)]

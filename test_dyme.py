@@ -214,6 +214,14 @@ def test_bad_chartqa_rows_are_named(tmp_path, change, says):
         reward.load_data(str(root), "train")
 
 
+@pytest.mark.parametrize("text", ["null", "3", "{", "[3]"])
+def test_a_broken_chartqa_file_is_one_line(tmp_path, text):
+    root = make_chartqa(tmp_path)
+    (root / "train" / "train_human.json").write_text(text)
+    with pytest.raises(UserError, match="train_human.json"):
+        reward.load_data(str(root), "train")
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 def test_real_charts_and_released_traces(capsys):
     data = str(SHARED / "chartqa-sample")
@@ -520,6 +528,16 @@ def test_a_prompt_longer_than_the_context_is_named(tiny, examples):
         dyme.encode_prompts(tiny, examples[:1], room=500)
 
 
+def test_a_trace_with_a_flag_of_its_own_still_gives_a_verifiable_target():
+    example = Example("q", "7", hint="It is 7. Answer: 7")
+    assert dyme.reference_response(example) == "It is 7.\nAnswer: 7"
+    assert verify(dyme.reference_response(example), example).correct
+
+
+def test_spread_takes_rows_from_all_over():
+    assert reward.spread(list(range(10)), 4) == [0, 2, 5, 7] and reward.spread([1, 2], 5) == [1, 2]
+
+
 def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monkeypatch):
     processor = dyme.build_tiny_processor()
     processor.chat_template = processor.tokenizer.chat_template = None
@@ -745,10 +763,10 @@ def test_a_killed_run_resumes_bit_exactly(runs, monkeypatch, mode, capsys):
 
     def killed(trainer, examples, step, *rest):
         if step == 5:
-            raise MemoryError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
+            raise SystemError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
         return real(trainer, examples, step, *rest)
     monkeypatch.setattr(dyme, "train_step", killed)
-    with pytest.raises(MemoryError):
+    with pytest.raises(SystemError):
         run(runs, "killed", *flags)
     with (runs / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # and a line cut short
@@ -799,7 +817,7 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs, capsys):
     assert run(runs, "b", "--steps", "3", "--seed", "1") == 0
     assert dyme.run_main(lambda: evaluation.main(["--model", str(runs / "a"), str(runs / "b"), "--samples", "2"])) == 0
     table = capsys.readouterr().out
-    assert "over 2 seeds" in table and "pass@2" in table and "groundedness" in table
+    assert "2 seeds: mean" in table and "pass@2" in table and "groundedness" in table
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
 
 
@@ -838,6 +856,9 @@ def test_an_existing_run_is_not_touched_unless_asked(runs, capsys):
     (runs / "mine").mkdir()
     (runs / "mine" / "thesis.txt").write_text("years of work")
     assert run(runs, "mine", "--overwrite") == 2 and (runs / "mine" / "thesis.txt").exists()
+    base = (runs / "tiny-base" / "config.json").read_text()  # a model directory is not a run
+    assert run(runs, "tiny-base", "--overwrite") == 2 == run(runs, "tiny-base", "--resume")
+    assert (runs / "tiny-base" / "config.json").read_text() == base
     (runs / "file").write_text("")
     assert run(runs, "file") == 2
 
@@ -850,7 +871,7 @@ def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs, monkeypatch, 
         (runs / f"{i}.png").write_bytes(image.getvalue()[:-60] if i == 3 else image.getvalue())  # header is fine
         rows.append({"question": f"Which bar is the tallest? {i}", "answer": "red", "image": f"{i}.png"})
     (runs / "rows.json").write_text(json.dumps(rows))
-    base = dyme.tiny_base(runs / "tiny-base", CPU)
+    base = dyme.tiny_base(runs / "tiny-base")
     flags = ["--model", str(base), "--data", str(runs / "rows.json"), "--steps", "8", "--micro-batch", "2"]
     assert run(runs, "a", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -860,12 +881,29 @@ def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs, monkeypatch, 
     assert state["step"] == done
 
 
+def test_running_out_of_memory_says_which_flags_lower_it(capsys):
+    def fail():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert dyme.run_main(fail) == 2 and "--micro-batch" in capsys.readouterr().err
+
+
+def test_a_line_separator_in_a_question_breaks_no_file(runs, capsys):
+    row = {"question": "Which bar\u2028 is the tallest?", "answer": "red"}
+    (runs / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"{row['question']} {i}"}, ensure_ascii=False)
+                                               for i in range(12)))
+    base = dyme.tiny_base(runs / "tiny-base")
+    assert run(runs, "a", "--model", str(base), "--data", str(runs / "rows.jsonl"), "--steps", "2") == 0
+    assert len(dyme.read_jsonl(runs / "a" / "samples.jsonl")) == 2 and run(runs, "a", "--resume") == 0
+    assert dyme.run_main(lambda: evaluation.main(["--model", str(runs / "a"), "--max-new-tokens", "8"])) == 0
+    assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 1  # the held-back tenth, not the training rows
+
+
 def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypatch):
-    base = dyme.tiny_base(runs / "base", CPU)
+    base = dyme.tiny_base(runs / "base")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
-    assert dyme.tiny_base(runs / "base", CPU) == base and (base / "model.safetensors").stat().st_mtime_ns == stamp
+    assert dyme.tiny_base(runs / "base") == base and (base / "model.safetensors").stat().st_mtime_ns == stamp
     monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | dict(seed=1))
-    dyme.tiny_base(runs / "base", CPU)
+    dyme.tiny_base(runs / "base")
     assert (base / "model.safetensors").stat().st_mtime_ns != stamp
     shutil.rmtree(base)
 
