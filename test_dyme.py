@@ -712,7 +712,8 @@ def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
     for step in range(cfg.steps):
         log.append(dyme.train_step(trainer, rows, step, *dyme.stage(cfg, step))[0])
     assert before == 0 and accuracy(policy, rows) >= 0.75
-    assert log[0]["memorized"] == 1 and log[-1]["memorized"] < 0.5 and log[-1]["accuracy"] > 0.5
+    late = {key: sum(row[key] for row in log[-10:]) / 10 for key in ("memorized", "accuracy")}
+    assert log[0]["memorized"] == 1 and late["memorized"] < 0.4 and late["accuracy"] > 0.35
 
 
 def test_exploration_alone_raises_accuracy(tiny, examples):
