@@ -635,8 +635,14 @@ def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypat
 
 
 def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
-    fake_scores(monkeypatch, [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
-    weights = {}
+    fake_scores(monkeypatch, CORRECT)
+    plain, weights, rewards = dyme.score, {}, np.array([0.0, 1.1, 1.2, 0.3])
+
+    def score(*args):
+        groups = plain(*args)
+        groups.rewards = groups.correct + torch.tensor([0.0, 0.1, 0.2, 0.3])  # r_t varies, also where all are right
+        return groups
+    monkeypatch.setattr(dyme, "score", score)
     for released in (False, True):
         trainer = make_trainer(tiny, released_code=released)
         monkeypatch.setattr(dyme, "accumulate_gradients", lambda t, i, c, s: weights.update(x=s) or {"loss": 0.0})
@@ -644,8 +650,9 @@ def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
         dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
         target = [s.weight for s in weights["x"] if not s.explore]
         assert target == [0.25 / (4 if released else 1)]
-        std = math.sqrt(1 / 3) if released else 0.5
-        assert weights["x"][0].weight == pytest.approx(-0.5 / (std + 1e-4) / 16)
+        advantage = (rewards[0] - rewards.mean()) / (rewards.std(ddof=int(released)) + 1e-4)
+        assert weights["x"][0].weight == pytest.approx(advantage / 16)
+        assert {s.prompt for s in weights["x"]} == ({0, 1, 3} if released else {0, 1, 2, 3})  # all right: dropped
     assert dyme.parse_config(["--released-code"]).format_weight == 1
 
 
