@@ -40,8 +40,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward import (COLORS, FLAG, Example, UserError, judge, load_data, split_response, spread, summarise,
-                    thinking_f1, toy_examples, toy_lessons, verify)
+from reward import (Example, UserError, append_row, judge, load_data, read_jsonl, reference_response, spread,
+                    summarise, thinking_f1, toy_lessons, toy_words, verify, write_atomically)
 
 
 class DivergedError(Exception):
@@ -159,10 +159,8 @@ def check_config(cfg: Config) -> None:
     """Refuse values that cannot work, naming the flag."""
     lowest = {"generations": 2, "temperature": 1e-6, "lr": 1e-12}
     lowest |= dict.fromkeys(("prompts", "micro_batch", "max_new_tokens", "steps", "eval_rows"), 1)
-    for f in dataclasses.fields(cfg):
-        if f.type not in (int, float):
-            continue
-        name, low = f.name, lowest.get(f.name, 0)
+    for name in (f.name for f in dataclasses.fields(cfg) if f.type in (int, float)):
+        low = lowest.get(name, 0)
         if not low <= getattr(cfg, name) < math.inf:
             why = " (a group needs two responses for an advantage, Eq. 2)" if name == "generations" else ""
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {low}{why}")
@@ -317,12 +315,6 @@ def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> l
     return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]  # untrained, it would never be sampled
 
 
-def reference_response(example: Example) -> str:
-    """What is memorized (Eq. 1): the trace and the answer line, or the answer line alone without a trace."""
-    thinking, _ = split_response(example.hint or "")  # a trace may hold a flag of its own
-    return "\n".join(filter(None, [thinking, f"{FLAG} {example.answer}"]))
-
-
 def encode_prompts(policy: Policy, examples: list[Example], room: int,
                    prompt: str = PROMPT) -> dict[str, Tensor]:
     """Process a batch of prompts: ids and mask (P, L), padded left, and image tensors, on the device.
@@ -347,7 +339,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
 
 
 def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
-    """Limit the longest edge to that many pixels; 0 leaves the image as it is."""
+    """Limit the longest edge to that many pixels (0: leave it as it is)."""
     image.thumbnail((longest_edge or image.width, longest_edge or image.height))
     return image
 
@@ -826,34 +818,11 @@ def begin_run(run: Path, cfg: Config) -> None:
     write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one move: a crash leaves the old one or the new one."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line; numbers that are not finite become null."""
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a line cut short by a crash is left out, a missing file is empty."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
     new, old, final = run / "checkpoint.tmp", run / "checkpoint.old", run / "checkpoint"
-    for stale in (new, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     trainer.policy.model.save_pretrained(new)
     trainer.policy.processor.save_pretrained(new)
     torch.save({"step": step, "failures": trainer.failures, "optimizer": trainer.optimizer.state_dict(),
@@ -1018,6 +987,9 @@ def report(cfg: Config, run: Path) -> None:
 # ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
 
 TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.005)
+TINY_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
+                "<image>", "<global-img>"]
+TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
 
 
 def tiny_base(folder: Path) -> Path:
@@ -1064,28 +1036,14 @@ def build_tiny_model(seed: int) -> torch.nn.Module:
     # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
     vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                   image_size=64, patch_size=16, initializer_range=0.08)
-    text = dict(model_type="llama", vocab_size=len(tiny_vocabulary()), hidden_size=96, intermediate_size=256,
+    words = TINY_SPECIAL + toy_words(PROMPT, TINY_WORD)
+    text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
                 num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
                 max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
     torch.manual_seed(seed)
     return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
         "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
         text_config=text, **ids), dtype=torch.float32)
-
-
-TINY_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
-                "<image>", "<global-img>"]
-TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
-
-
-def tiny_vocabulary() -> dict[str, int]:
-    """All words of the toy's prompts, lessons and traces, behind the special tokens."""
-    examples = toy_examples("train", "high")[:50]
-    texts = ["User:", "Assistant:", PROMPT.format(question=""), *COLORS, *map(str, range(19))]
-    texts += [text for e in examples for text in (e.question, reference_response(e))]
-    texts += [text for e, response in toy_lessons(0, 200, 0.5, PROMPT) for text in (e.question, response)]
-    words = {word for text in texts for word in re.findall(TINY_WORD, f"{text}\n {text}")}
-    return {word: i for i, word in enumerate(TINY_SPECIAL + sorted(words))}
 
 
 def build_tiny_processor() -> Any:
@@ -1095,7 +1053,8 @@ def build_tiny_processor() -> Any:
     from transformers.models.idefics3 import Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    backend = Tokenizer(models.WordLevel(tiny_vocabulary(), unk_token="<unk>"))
+    words = enumerate(TINY_SPECIAL + toy_words(PROMPT, TINY_WORD))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in words}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(TINY_WORD), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(

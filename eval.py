@@ -16,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dyme import (CHANGEABLE_ON_RESUME, Config, append_row, load_policy, one_line_parser, read_config,
-                  respond, run_main, select_device, write_atomically)
-from reward import Example, UserError, answers_match, load_data, spread, summarise
+from dyme import (CHANGEABLE_ON_RESUME, Config, load_policy, one_line_parser, read_config, respond, run_main,
+                  select_device)
+from reward import (Example, UserError, answers_match, append_row, load_data, spread, summarise,
+                    write_atomically)
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 

@@ -5,6 +5,7 @@ examples: your own rows, ChartQA with traces from its tables, and the toy charts
 """
 
 import ast
+import contextlib
 import csv
 import hashlib
 import io
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import re
 import zipfile
 from collections import Counter
@@ -73,6 +75,12 @@ def verify(completion: str, example: Any, finished: bool = True, tolerance: floa
     if not finished or len(answers) != 1 or not answers[0]:
         return Verdict(correct=False, answer=None, in_format=False)
     return Verdict(answers_match(answers[0], str(example.answer), tolerance), answers[0], in_format=True)
+
+
+def reference_response(example: Example) -> str:
+    """What is memorized (Eq. 1): the trace and the answer line, or the answer line alone without a trace."""
+    thinking, _ = split_response(example.hint or "")  # a trace may hold a flag of its own
+    return "\n".join(filter(None, [thinking, f"{FLAG} {example.answer}"]))
 
 
 def final_answer(completion: str) -> str:
@@ -584,3 +592,38 @@ def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[
                 "goal": goal, "answer": answer})
             response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
         yield Example(text, answer, chart.draw), response
+
+
+def toy_words(prompt: str, pattern: str) -> list[str]:
+    """All words, as `pattern` finds them, of the toy's questions in `prompt`, its lessons and its traces."""
+    examples = toy_examples("train", "high")[:50]
+    texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
+    texts += [text for e in examples for text in (e.question, reference_response(e))]
+    texts += [text for e, response in toy_lessons(0, 200, 0.5, prompt) for text in (e.question, response)]
+    return sorted({word for text in texts for word in re.findall(pattern, f"{text}\n {text}")})
+
+
+# ---- Files that a crash cannot spoil --------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one move: a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line; numbers that are not finite become null."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a line cut short by a crash is left out, a missing file is empty."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
