@@ -190,6 +190,7 @@ def test_own_rows_and_what_is_wrong_with_them(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     train, val, test = (reward.load_data(str(path), split) for split in ("train", "val", "test"))
     assert len(train) + len(val) == len(test) == 12 and val and test[3].answer == "3" and test[0].image().mode == "RGB"
+    assert all(e.hint == "h" for e in test)
     sides = [sum(e.image is not None for e in split) for split in (train, val)]
     assert sorted(sides) == [0, 2]  # rows of one image stay together
     for bad, says in [("[]", "no list of rows"), ('[{"question": "q"}]', "row 1"), ("{", "cannot be read"),
