@@ -38,7 +38,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
 
 from reward import (Example, UserError, append_row, judge, load_data, read_jsonl, reference_response, spread,
                     summarise, thinking_f1, toy_lessons, toy_words, verify, write_atomically)
@@ -344,7 +346,7 @@ def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
     return image
 
 
-# ---- Rollout: a prompt is encoded once, images included; its K branches share the cache ----------
+# ---- Rollout: a prompt is encoded once, images included; its K responses read the same cache -----
 
 
 @dataclass
@@ -352,17 +354,20 @@ class Prefix:
     """Prompts that have been through the model: all that their continuations need."""
 
     cache: Any  # keys and values, batch P
-    logits: Tensor  # (P, V) float32, for the first token of the response
+    hidden: Tensor  # (P, D), the last hidden state: what predicts the first token of a response
     mask: Tensor  # (P, L) 1 for real tokens, 0 for the padding on the left
-    rope_deltas: Tensor | None = None  # (P, 1), Qwen-VL only: offset from token counts to positions
+    position: Tensor  # (P, 1) of the next token; (3, P, 1) in Qwen-VL
 
 
 def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run prompts and images through the model once; with gradients enabled, the cache carries them."""
-    model.model.rope_deltas = None  # Qwen-VL sets it; else a batch without images would inherit the last one
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    return Prefix(out.past_key_values, out.logits[:, -1].float(), inputs["attention_mask"],
-                  model.model.rope_deltas)
+    base, mask = model.base_model, inputs["attention_mask"]
+    base.rope_deltas = None  # Qwen-VL sets it; else a batch without images would inherit the last one
+    out = base(**inputs, use_cache=True)
+    position = torch.full_like(mask[:, :1], mask.shape[1])  # padding counts: only distances matter
+    if base.rope_deltas is not None:
+        position = (mask.sum(1, keepdim=True) + base.rope_deltas).expand(3, -1, -1)
+    return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask, position)
 
 
 @contextlib.contextmanager
@@ -387,7 +392,7 @@ def vision_once(model: torch.nn.Module) -> Iterator[None]:
     def remember(_: Any, args: Any, inputs: dict[str, Any]) -> None:
         batch[0] = inputs.get("pixel_values")
 
-    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
     for tower in towers:
         tower.forward = functools.partial(encode, tower)
     try:
@@ -399,25 +404,28 @@ def vision_once(model: torch.nn.Module) -> Iterator[None]:
 
 
 def branch(prefix: Prefix, rows: Tensor) -> Prefix:
-    """Start continuations from prompts `rows: (N,)`, each as often as it occurs; uses up the prefix's cache.
-
-    This is why K responses cost one prompt: keys and values are copied, and the copies' gradients add up.
-    """
+    """Take prompts `rows: (N,)`, each as often as it occurs; uses up the prefix's cache."""
     for layer in prefix.cache.layers:
         layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-    deltas = None if prefix.rope_deltas is None else prefix.rope_deltas[rows]
-    return Prefix(prefix.cache, prefix.logits[rows], prefix.mask[rows], deltas)
+    return Prefix(prefix.cache, prefix.hidden[rows], prefix.mask[rows], prefix.position[..., rows, :])
 
 
-def extend(model: torch.nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
-    """Append `ids: (N, T)` to a prefix, in place; the logits behind each of them, (N, T, V) float32."""
-    prefix.mask = torch.cat([prefix.mask, prefix.mask.new_ones(ids.shape)], dim=1)
-    positions = None  # the model counts on from the cache; padding on the left cancels in relative positions
-    if prefix.rope_deltas is not None:
-        positions = (prefix.mask.cumsum(1) - 1)[:, -ids.shape[1]:] + prefix.rope_deltas
-        positions = positions.expand(3, -1, -1)
-    return model(input_ids=ids, attention_mask=prefix.mask, position_ids=positions,
-                 past_key_values=prefix.cache, use_cache=True).logits.float()
+def extend(model: torch.nn.Module, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
+    """Run tokens `ids: (P, Q)` of several responses to a prompt as one row; hidden states (P, Q, D).
+
+    They stand at `offsets: (P, Q)` from the prompt's end, and see it and what `visible: (P, Q, Q')` marks of
+    the Q' tokens now behind it: their own response so far. So K responses share one copy of the prompt's
+    keys and values, when sampling and in the update; it need not be repeated K times.
+    """
+    prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)
+    return model.base_model(
+        input_ids=ids, attention_mask=torch.cat([prompt, visible[:, None]], dim=3), use_cache=True,
+        position_ids=prefix.position + offsets, past_key_values=prefix.cache).last_hidden_state
+
+
+def next_logits(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """Float32 logits (N, V) of the token behind `hidden: (N, D)`."""
+    return model.get_output_embeddings()(hidden).float()
 
 
 @dataclass
@@ -444,45 +452,113 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     logp = F.log_softmax(logits / temperature, dim=-1)
-    cdf = logp.exp().cumsum(-1)
+    p = logp.exp()
+    cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[1] - 1), -(logp.exp() * logp.clamp(min=-100)).sum(-1)
+    return token.clamp(max=logits.shape[1] - 1), -(p * logp.clamp(min=-100)).sum(-1)
+
+
+class Slots(DynamicLayer):
+    """A layer's keys and values while decoding: the prompts', then room for the tokens of all branches.
+
+    They are written in place: a cache that grows is copied for every token, and a CUDA graph is bound to
+    its addresses.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int, slots: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (keys.to(values.dtype), values))
+        self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write `keys, values: (P, H, K, D)` of the new tokens; all keys and values so far."""
+        self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slots, values)
+        return self.keys, self.values
+
+
+def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
+    """Put prompts that were encoded in chunks side by side, padded left, with `room` for new tokens."""
+    longest = max(p.mask.shape[1] for p in prefixes)
+
+    def stack(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in tensors])
+
+    layers = [Slots(stack(x.keys for x in same), stack(x.values for x in same), room, slots)
+              for same in zip(*(p.cache.layers for p in prefixes), strict=True)]
+    return Prefix(Cache(layers=layers), torch.cat([p.hidden for p in prefixes]),
+                  stack(p.mask[..., None] for p in prefixes).squeeze(-1),
+                  torch.cat([p.position for p in prefixes], dim=-2))
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, prefix: Prefix, uniforms: Tensor, end_ids: list[int], pad_id: int,
+def sample(model: torch.nn.Module, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int], pad_id: int,
            temperature: float) -> Rollout:
-    """Sample a response per row of a branched prefix, to its end token or the end of `uniforms: (N, T)`."""
-    ends, limit = torch.tensor(end_ids, device=uniforms.device), uniforms.shape[1]
-    alive = torch.ones(len(uniforms), dtype=torch.bool, device=uniforms.device)
-    logits, ids, masks, entropies = prefix.logits, [], [], []
-    for t in range(limit):
-        token, entropy = draw(logits, uniforms[:, t], temperature)
-        ids.append(token.where(alive, pad_id))
-        masks.append(alive)
-        entropies.append(entropy)
-        alive = alive & ~torch.isin(token, ends)
-        if t + 1 == limit or not alive.any():
+    """Sample K = N / P responses for each of P prompts, with `uniforms: (N, T)`, all of them at once.
+
+    A step reads and writes only tensors that stay where they are, so that it can be a CUDA graph.
+    """
+    (rows, limit), device, prompts = uniforms.shape, uniforms.device, sum(len(p.mask) for p in prefixes)
+    K = rows // prompts
+    t, own = torch.zeros(1, dtype=torch.long, device=device), torch.eye(K, dtype=torch.bool, device=device)
+    ends, places = torch.tensor(end_ids, device=device), torch.arange(K, device=device)
+    slots = places + max(p.mask.shape[1] for p in prefixes)
+    prefix = merge(prefixes, K * (limit - 1), slots)
+    visible = torch.zeros(prompts, K, K * (limit - 1), dtype=torch.bool, device=device)
+    ids, mask = torch.full((rows, limit), pad_id, device=device), torch.zeros_like(uniforms, dtype=torch.long)
+    entropies, alive = torch.zeros_like(uniforms), torch.ones(rows, dtype=torch.bool, device=device)
+    logits = next_logits(model, prefix.hidden).repeat_interleave(K, 0)
+
+    def choose() -> None:
+        token, entropy = draw(logits, uniforms.index_select(1, t).squeeze(1), temperature)
+        for kept, new in ((ids, token.where(alive, pad_id)), (mask, alive.long()), (entropies, entropy)):
+            kept.index_copy_(1, t, new[:, None])
+        alive.logical_and_((token[:, None] != ends).all(1))
+
+    def step() -> None:
+        visible.index_copy_(2, places, own.expand(prompts, -1, -1))
+        hidden = extend(model, prefix, ids.index_select(1, t).view(prompts, K), t.expand(prompts, K), visible)
+        logits.copy_(next_logits(model, hidden.flatten(0, 1)))
+        for counter, by in ((t, 1), (places, K), (slots, K)):
+            counter.add_(by)
+        choose()
+
+    choose()
+    for i in range(1, limit):
+        if (i % 16 == 1 or device.type == "cpu") and not alive.any():  # the CPU waits here for the GPU
             break
-        logits = extend(model, prefix, ids[-1][:, None])[:, -1]
-    return Rollout(torch.stack(ids, 1), torch.stack(masks, 1).long(), ~alive, torch.stack(entropies, 1))
+        if i == 3 and device.type == "cuda":  # the first steps warm up, and cast the weights
+            step = capture(step)
+        step()
+    length = int(mask.sum(1).max())
+    return Rollout(ids[:, :length], mask[:, :length], ~alive, entropies[:, :length])
 
 
-def rollout(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor, temperature: float) -> Rollout:
-    """Sample K = N / P responses for each of P prompts, with `uniforms: (N, T)`."""
-    prompts = len(inputs["input_ids"])
-    rows = torch.arange(prompts, device=policy.device).repeat_interleave(len(uniforms) // prompts)
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step as a CUDA graph: to replay it is one call, where Python would launch every kernel."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        tqdm.write(f"decoding without a CUDA graph, slowly: {str(error).splitlines()[0]}", file=sys.stderr)
+        return step
+    return graph.replay
+
+
+def rollout(policy: Policy, inputs: Iterable[dict[str, Tensor]], uniforms: Tensor,
+            temperature: float) -> Rollout:
+    """Sample K = N / P responses for each of the P prompts of all chunks, with `uniforms: (N, T)`."""
     with torch.no_grad(), policy.autocast():
-        prefix = branch(encode_prefix(policy.model, inputs), rows)
-        return sample(policy.model, prefix, uniforms.to(policy.device), policy.end_ids, policy.pad_id,
-                      temperature)
+        return sample(policy.model, [encode_prefix(policy.model, x) for x in inputs],
+                      uniforms.to(policy.device), policy.end_ids, policy.pad_id, temperature)
 
 
-def decode(policy: Policy, rollouts: list[Rollout]) -> tuple[list[list[int]], list[str], list[bool]]:
-    """Rollouts as lists over responses: their ids, their texts without the end token, whether they ended."""
-    ids = [row[mask.bool()].tolist() for r in rollouts for row, mask in zip(r.ids, r.mask, strict=True)]
+def decode(policy: Policy, rolled: Rollout) -> tuple[list[list[int]], list[str], list[bool]]:
+    """A rollout as lists over responses: their ids, their texts without the end token, whether they ended."""
+    ids = [row[:n] for row, n in zip(rolled.ids.tolist(), rolled.mask.sum(1).tolist(), strict=True)]
     texts = [policy.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
-    return ids, texts, [bool(f) for r in rollouts for f in r.finished]
+    return ids, texts, rolled.finished.tolist()
 
 
 # ---- Score, advantages, switch: the heart of the paper -------------------------------------------
@@ -501,10 +577,10 @@ class Groups:
     rewards: Tensor  # (P, K) r = r_a + w_t r_t + w_f r_f
 
 
-def score(policy: Policy, rollouts: list[Rollout], examples: list[Example], thinking_weight: float,
+def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_weight: float,
           format_weight: float) -> Groups:
     """Verify all responses and compare their thinking with the reference trace (r_t is 0 without one)."""
-    ids, texts, finished = decode(policy, rollouts)
+    ids, texts, finished = decode(policy, rolled)
     generations = len(texts) // len(examples)
     owners = [e for e in examples for _ in range(generations)]
     verdicts = [verify(text, e, f) for text, e, f in zip(texts, owners, finished, strict=True)]
@@ -568,14 +644,61 @@ def memorization_sequences(policy: Policy, examples: list[Example], explore: Ten
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
 
 
-def completion_logprobs(model: torch.nn.Module, prefix: Prefix, rows: Tensor, ids: Tensor,
-                        temperature: Tensor) -> Tensor:
-    """Log-probs (N, T) of continuations `ids: (N, T)` of the prompts `rows: (N,)`, at `temperature: (N,)`."""
-    branched = branch(prefix, rows)
-    logits = branched.logits[:, None]
-    if ids.shape[1] > 1:
-        logits = torch.cat([logits, extend(model, branched, ids[:, :-1])], dim=1)
-    return F.log_softmax(logits / temperature[:, None, None], dim=-1).gather(2, ids[:, :, None]).squeeze(2)
+def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
+    """Lay sequences of `lengths` to the prompts `rows` end to end, in rows of up to `limit` tokens.
+
+    Returns the prompt of every packed row, and the packed row and the start of every sequence. Sequences
+    are not padded to the longest, and share a copy of the prompt; the limit is there as attention grows
+    with the square of a row.
+    """
+    owners, places, starts, used = [], [], [], 0
+    for row, length in zip(rows, lengths, strict=True):
+        if not owners or owners[-1] != row or used + length > limit:
+            owners, used = [*owners, row], 0
+        places.append(len(owners) - 1)
+        starts.append(used)
+        used += length
+    return owners, places, starts
+
+
+def completion_logprobs(model: torch.nn.Module, prefix: Prefix, rows: list[int], sequences: list[list[int]],
+                        temperature: Tensor, limit: int = 1024) -> tuple[Tensor, Tensor]:
+    """Log-probs and mask (N, T) of sequences that continue the prompts `rows`, at `temperature: (N,)`."""
+    device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
+    owners, places, starts = pack(rows, (lengths - 1).tolist(), limit)
+    prefix = branch(prefix, torch.tensor(owners, device=device))
+    packed: list[list[tuple[int, int, int]]] = [[] for _ in owners]  # (token, offset, its sequence)
+    for i, (place, ids) in enumerate(zip(places, sequences, strict=True)):
+        packed[place] += [(token, t, i) for t, token in enumerate(ids[:-1])]  # nothing follows the last token
+    states = prefix.hidden[:, None]
+    if any(packed):
+        ids, offsets, owner = pad_right(packed, -1, device).unbind(2)
+        visible = (owner[:, :, None] == owner[:, None]).tril()
+        states = torch.cat([states, extend(model, prefix, ids.clamp(min=0), offsets, visible)], dim=1)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    column = torch.arange(mask.shape[1]) + torch.tensor(starts)[:, None]  # token t is predicted behind t - 1,
+    column[:, 0] = 0  # and the first one behind the prompt
+    column, place, temperature = (x.to(device).expand(mask.shape)[mask] for x in (
+        column, torch.tensor(places)[:, None], temperature[:, None]))
+    tokens = torch.tensor([token for ids in sequences for token in ids], device=device)
+    logprobs = token_logprobs(model, states[place, column], tokens, temperature)
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask.long()
+
+
+def token_logprobs(model: torch.nn.Module, hidden: Tensor, ids: Tensor, temperature: Tensor,
+                   chunk: int = 1024) -> Tensor:
+    """Log-probs of tokens `ids: (M,)` behind `hidden: (M, D)`, at `temperature: (M,)`.
+
+    Logits are made `chunk` tokens at a time, and again in the backward pass: float32 (M, V) of a whole batch
+    never exists. What fits into one chunk is not made twice.
+    """
+    def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
+        return -F.cross_entropy(next_logits(model, hidden).div_(temperature[:, None]), ids, reduction="none")
+
+    if len(ids) <= chunk:
+        return part(hidden, ids, temperature)
+    parts = zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True)
+    return torch.cat([checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 def policy_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, explore: Tensor) -> Tensor:
@@ -599,11 +722,11 @@ def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.exp(reference - logprobs) - (reference - logprobs) - 1
 
 
-def pad_right(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack id lists as (N, T), with their mask."""
-    rows = [torch.tensor(s, device=device) for s in sequences]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return pad(rows, padding_value=pad_id), pad([torch.ones_like(row) for row in rows])
+def pad_right(rows: list[list[Any]], value: int, device: torch.device) -> Tensor:
+    """Stack lists as (N, T), or lists of k-tuples as (N, T, k)."""
+    width = next(len(row[0]) for row in rows if row)
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, device=device).view(-1, width) for row in rows],
+                                           batch_first=True, padding_value=value)
 
 
 # ---- One training step: sample, score, choose the mode, take the loss ----------------------------
@@ -628,16 +751,15 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     start = time.perf_counter()
     chunks = [range(i, min(i + cfg.micro_batch, prompts)) for i in range(0, prompts, cfg.micro_batch)]
     inputs = (encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks)
-    rollouts = []
+    rolled = None
     if method != "sft":  # which takes its many prompts as they come, to save memory
         inputs = list(inputs)
-        for x, chunk in zip(inputs, chunks, strict=True):
-            uniforms = keyed_uniforms(cfg.seed, step, chunk, K, cfg.max_new_tokens)
-            rollouts.append(rollout(policy, x, uniforms, cfg.temperature))
+        uniforms = keyed_uniforms(cfg.seed, step, range(prompts), K, cfg.max_new_tokens)
+        rolled = rollout(policy, inputs, uniforms, cfg.temperature)
     sampled = time.perf_counter()
     explore, groups, advantages, sequences = torch.zeros(prompts, dtype=torch.bool), None, None, []
-    if rollouts:
-        groups = score(policy, rollouts, examples, cfg.thinking_weight, cfg.format_weight)
+    if rolled:
+        groups = score(policy, rolled, examples, cfg.thinking_weight, cfg.format_weight)
         advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
         if cfg.released_code:
             advantages[groups.correct.amin(1) == 1] = 0.0
@@ -651,7 +773,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
         metrics |= accumulate_gradients(trainer, inputs, chunks, sequences)  # Eq. 7 and 8
         metrics |= apply_gradients(trainer, metrics["loss"], lr)
     end = time.perf_counter()
-    metrics |= step_metrics(rollouts, groups, explore, sequences)
+    metrics |= step_metrics(rolled, groups, explore, sequences)
     metrics |= {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
                 "seconds_update": end - scored, "tokens_per_s": metrics["tokens"] / (end - start),
                 "peak_memory_gib": peak_memory_gib(policy.device)}
@@ -683,18 +805,16 @@ def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], 
     return total
 
 
-def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: Iterable[int],
+def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: list[int],
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and mask (N, T) of sequences on a chunk's prompts `rows`, and which explore, (N,).
 
     Sampled responses are taken at the sampling temperature, targets at 1.
     """
-    ids, mask = pad_right([s.ids for s in sequences], policy.pad_id, policy.device)
     explore = torch.tensor([s.explore for s in sequences], device=policy.device)
     with policy.autocast():
-        prefix = encode_prefix(model, inputs)
-        logprobs = completion_logprobs(model, prefix, torch.tensor([*rows], device=policy.device), ids,
-                                       torch.where(explore, temperature, 1.0))
+        logprobs, mask = completion_logprobs(model, encode_prefix(model, inputs), rows,
+                                             [s.ids for s in sequences], torch.where(explore, temperature, 1.0))
     return logprobs, mask, explore
 
 
@@ -725,7 +845,7 @@ def bar_interval() -> float:
     return 0.5 if sys.stderr.isatty() else 30.0
 
 
-def step_metrics(rollouts: list[Rollout], groups: Groups | None, explore: Tensor,
+def step_metrics(rolled: Rollout | None, groups: Groups | None, explore: Tensor,
                  sequences: list[Sequence]) -> dict[str, Any]:
     """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
     targets = [len(s.ids) for s in sequences if not s.explore]
@@ -738,7 +858,7 @@ def step_metrics(rollouts: list[Rollout], groups: Groups | None, explore: Tensor
             "reward_format": groups.in_format.mean().item(), "accuracy": groups.correct.mean().item(),
             "none_correct": 1 - choose_mode(groups.correct).float().mean().item(),
             "no_variance": no_variance(groups.rewards).float().mean().item(),
-            "entropy": sum((r.entropy * r.mask).sum().item() for r in rollouts) / tokens,
+            "entropy": (rolled.entropy * rolled.mask).sum().item() / tokens,
             "truncated": 1 - sum(groups.finished) / len(groups.ids),
             "response_length": tokens / len(groups.ids), "tokens": tokens,
         }
@@ -782,8 +902,8 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
         inputs = encode_prompts(policy, part, max_new_tokens)
         places = range(start, start + len(part))
         uniforms = keyed_uniforms(seed, 0, places, samples or 1, max_new_tokens)
-        rolled = rollout(policy, inputs, uniforms, temperature if samples else 0.0)
-        for i, (ids, text, finished) in enumerate(zip(*decode(policy, [rolled]), strict=True)):
+        rolled = rollout(policy, [inputs], uniforms, temperature if samples else 0.0)
+        for i, (ids, text, finished) in enumerate(zip(*decode(policy, rolled), strict=True)):
             yield judge(part[i // (samples or 1)], text, finished) | {"length": len(ids)}
 
 
@@ -856,7 +976,7 @@ def make_trainer(cfg: Config, policy: Policy, base: str) -> Trainer:
         freeze_vision(policy.model)
     cuda = policy.device.type == "cuda"
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr,
-                                  weight_decay=0.01, fused=cuda)
+                                  weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=cuda and half_precision() == torch.float16)
     return Trainer(cfg, policy, optimizer, scaler, reference)
 
@@ -1006,13 +1126,13 @@ def tiny_base(folder: Path) -> Path:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
     policy = make_policy(build_tiny_model(r.seed), build_tiny_processor(), torch.device("cpu"))
     lessons = toy_lessons(r.seed, r.batch * r.steps, r.flagged, PROMPT)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01, fused=True)
     for step in tqdm(range(r.steps), "making the tiny base model", ncols=80, mininterval=bar_interval()):
         batch = list(itertools.islice(lessons, r.batch))
         inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
         targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
                    for i, (example, response) in enumerate(batch)]
-        rows, weights = range(r.batch), torch.full((r.batch,), 1 / r.batch)
+        rows, weights = [*range(r.batch)], torch.full((r.batch,), 1 / r.batch)
         logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, rows, targets, 1.0)
         policy_loss(logprobs, mask, weights, explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)

@@ -356,15 +356,21 @@ def plain_logprobs(model, row, ids, temperature=1.0):
     return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
 
 
+@pytest.mark.parametrize("limit", [1024, 5])  # a prompt's sequences in one packed row, or in several
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_plain_logprobs_and_gradients(family):
+def test_shared_prompts_give_the_plain_logprobs_and_gradients(family, limit):
     model = tiny_family(family)
     rows = [family_inputs(family, [10, 11, 12], 1), family_inputs(family, [13, 14, 15, 16, 17, 18], 2)]
     ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3))
-    owners, ones = torch.tensor([0, 0, 1, 1, 1]), torch.ones(5, dtype=torch.float64)
-    shared = dyme.completion_logprobs(model, dyme.encode_prefix(model, pad_batch(rows)), owners, ids, ones)
+    owners, ones, lengths = [0, 0, 1, 1, 1], torch.ones(5, dtype=torch.float64), [6, 1, 4, 3, 6]
+    sequences = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]
+    prefix = dyme.encode_prefix(model, pad_batch(rows))
+    shared, mask = dyme.completion_logprobs(model, prefix, owners, sequences, ones, limit)
+    assert mask.sum(1).tolist() == lengths and not shared[mask == 0].any()
+    shared = shared.double()  # logits are float32
     weights = torch.linspace(-1, 1, shared.numel(), dtype=torch.float64).view_as(shared)
-    plain = torch.stack([plain_logprobs(model, rows[p], i) for p, i in zip(owners, ids, strict=True)])
+    plain = torch.stack([F.pad(plain_logprobs(model, rows[p], torch.tensor(s)), (0, 6 - len(s)))
+                         for p, s in zip(owners, sequences, strict=True)])
     assert torch.allclose(shared, plain, atol=1e-6)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (shared, plain)]
@@ -387,8 +393,8 @@ def test_vision_once_changes_no_loss_and_no_connector_gradient(family):
         with context:
             with torch.no_grad():
                 dyme.encode_prefix(model, batch)  # as for sampling
-            loss = dyme.completion_logprobs(model, dyme.encode_prefix(model, batch), torch.tensor([0, 1]),
-                                            torch.tensor([[20, 21], [22, 23]]), torch.ones(2)).sum()
+            loss = dyme.completion_logprobs(model, dyme.encode_prefix(model, batch), [0, 1],
+                                            [[20, 21], [22, 23]], torch.ones(2))[0].sum()
             loss.backward()
         connector = [p.grad for n, p in model.named_parameters() if re.search("connector|projector|merger", n)]
         results.append((loss.item(), [g.clone() for g in connector if g is not None], len(passes)))
@@ -408,7 +414,7 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
     policy = dyme.Policy(model, None, [2], 0, CPU)
     batch = pad_batch([family_inputs(family, [10, 11], 1), family_inputs(family, [12, 13, 14], 2)])
     batch["pixel_values"] = batch["pixel_values"].float()
-    rolled = dyme.rollout(policy, batch, dyme.keyed_uniforms(0, 0, [0, 1], 3, 7), 1.0)
+    rolled = dyme.rollout(policy, [batch], dyme.keyed_uniforms(0, 0, [0, 1], 3, 7), 1.0)
     responses = [ids[mask.bool()].tolist() for ids, mask in zip(rolled.ids, rolled.mask, strict=True)]
     sequences = [Sequence(0, ids, a / 6, True) for ids, a in zip(responses, (1.0, -2.0, 1.0), strict=False)]
     sequences.append(Sequence(1, [20, 21, 2], 0.5, False))
@@ -438,8 +444,7 @@ def test_greedy_sampling_is_generate(tiny, examples):
     inputs = dyme.encode_prompts(tiny, examples[:6], room=20)
 
     def greedy(ends):
-        prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), torch.arange(6))
-        return dyme.sample(tiny.model, prefix, torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
+        return dyme.sample(tiny.model, [dyme.encode_prefix(tiny.model, inputs)], torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
 
     ends = [*tiny.end_ids, *greedy(tiny.end_ids).ids[[0, 1], [4, 9]].tolist()]  # so that responses end, at all lengths
     rolled = greedy(ends)
@@ -454,15 +459,38 @@ def test_greedy_sampling_is_generate(tiny, examples):
 
 def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny, examples):
     inputs = dyme.encode_prompts(tiny, examples[:3], room=12)
-    rolled = dyme.rollout(tiny, inputs, dyme.keyed_uniforms(0, 0, [0, 1, 2], 4, 12), 0.7)
-    rows = torch.arange(3).repeat_interleave(4)
-    prefix = dyme.branch(dyme.encode_prefix(tiny.model, inputs), rows)
-    logits = torch.cat([prefix.logits[:, None], dyme.extend(tiny.model, prefix, rolled.ids[:, :-1])], 1) / 0.7
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    assert torch.allclose(rolled.entropy, entropy, atol=1e-4)
-    logprobs = dyme.completion_logprobs(tiny.model, dyme.encode_prefix(tiny.model, inputs), rows, rolled.ids,
-                                        torch.full((12,), 0.7))
-    assert torch.allclose(logprobs, logits.log_softmax(-1).gather(2, rolled.ids[:, :, None]).squeeze(2), atol=1e-4)
+    rolled = dyme.rollout(tiny, [inputs], dyme.keyed_uniforms(0, 0, [0, 1, 2], 4, 12), 0.7)
+    ids = dyme.decode(tiny, rolled)[0]
+    plain = [(i, row) for i, row in enumerate(ids) if tiny.model.config.image_token_id not in row]
+    assert len(plain) > 6  # the plain way cannot read a sampled <image>
+    for i, row in plain:
+        x = dyme.encode_prompts(tiny, [examples[i // 4]], room=12)
+        length, sampled = x["input_ids"].shape[1], torch.tensor([row])
+        x |= dict(input_ids=torch.cat([x["input_ids"], sampled], 1), attention_mask=torch.ones(1, length + len(row)))
+        logits = tiny.model(**x).logits[0, length - 1:-1] / 0.7
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        assert torch.allclose(rolled.entropy[i, :len(row)], entropy, atol=1e-4)
+        logprobs, _ = dyme.completion_logprobs(tiny.model, dyme.encode_prefix(tiny.model, inputs), [i // 4], [row],
+                                               torch.tensor([0.7]))
+        assert torch.allclose(logprobs[0], logits.log_softmax(-1).gather(1, sampled.T).squeeze(1), atol=1e-4)
+
+
+def test_packing_by_hand():
+    assert dyme.pack([0, 0, 0, 2], [3, 2, 3, 0], limit=5) == ([0, 0, 2], [0, 0, 1, 2], [0, 3, 0, 0])
+    assert dyme.pack([1, 1], [9, 9], limit=5) == ([1, 1], [0, 1], [0, 0])  # too long for any row
+
+
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_chunk(tiny):
+    torch.manual_seed(0)
+    hidden, ids, temperature = torch.randn(7, 96, requires_grad=True), torch.arange(7), torch.linspace(0.5, 1.5, 7)
+    results = []
+    for chunk in (7, 3):
+        logprobs = dyme.token_logprobs(tiny.model, hidden, ids, temperature, chunk)
+        loss = (logprobs * torch.arange(7)).sum()
+        results.append([logprobs, *torch.autograd.grad(loss, [hidden, tiny.model.lm_head.weight])])
+    plain = (tiny.model.lm_head(hidden) / temperature[:, None]).log_softmax(1)[ids, ids]
+    assert torch.allclose(results[0][0], plain, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
 def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
@@ -479,13 +507,12 @@ def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
 
 def test_samples_do_not_depend_on_the_batch(tiny, examples):
     def responses(chunks):
-        out = []
-        for chunk in chunks:
-            inputs = dyme.encode_prompts(tiny, [examples[i] for i in chunk], room=16)
-            rolled = dyme.rollout(tiny, inputs, dyme.keyed_uniforms(0, 5, chunk, 4, 16), 1.0)
-            out += [ids[mask.bool()].tolist() for ids, mask in zip(rolled.ids, rolled.mask, strict=True)]
-        return out
-    assert responses([[0, 1, 2, 3]]) == responses([[0], [1, 2], [3]])
+        inputs = [dyme.encode_prompts(tiny, [examples[i] for i in chunk], room=16) for chunk in chunks]
+        uniforms = dyme.keyed_uniforms(0, 5, sum(chunks, []), 4, 16)
+        return dyme.decode(tiny, dyme.rollout(tiny, inputs, uniforms, 1.0))[0]
+    together = responses([[0, 1, 2, 3]])
+    assert together == responses([[0], [1, 2], [3]])  # encoded in chunks
+    assert together == responses([[0]]) + responses([[1, 2]]) + responses([[3]])
 
 
 # ---- Prompts and targets -------------------------------------------------------------------------
