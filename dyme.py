@@ -12,11 +12,11 @@ examples and rewards are in reward.py.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -24,17 +24,19 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -42,12 +44,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reward import (Example, UserError, append_row, judge, load_data, read_jsonl, reference_response, spread,
-                    summarise, thinking_f1, toy_lessons, toy_words, verify, write_atomically)
-
-
-class DivergedError(Exception):
-    """Training cannot go on; the last checkpoint is kept."""
+from reward import (DivergedError, Example, UserError, append_row, bar_interval, begin_run, build_parser,
+                    build_tiny_model, build_tiny_processor, finish_step_on_interrupt, gather, is_main, judge,
+                    load_data, prepare_run, process_memory_gib, processes, read_config, read_jsonl, reference_response,
+                    run_main, share, spread, summarise, thinking_f1, tiny_words, toy_lessons, verify,
+                    write_atomically)
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -----------------------------
@@ -69,7 +70,7 @@ class Config:
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
     sft_steps: int = 100  # two-stage: steps of SFT before GRPO
-    lr: float = 0.0  # peak learning rate (0: that of LEARNING_RATES below)
+    lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
     thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
@@ -86,7 +87,8 @@ class Config:
     save_every: int = 100  # steps between checkpoints (0: only at the end)
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # replace the run in --out
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    benchmark: int = 0  # only time this many steps, with coin-flip rewards and responses of full length
 
 
 # The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
@@ -95,42 +97,14 @@ REAL = dict(epochs=10.0, prompts=32, micro_batch=2, max_new_tokens=300, warmup=5
 LEARNING_RATES = {"toy": dict(dyme=5e-4, grpo=5e-4, sft=1e-4) | {"two-stage": 5e-4},
                   "real": dict(dyme=8e-5, grpo=1e-5, sft=1e-5) | {"two-stage": 1e-5}}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
-CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every"}
-
-
-def one_line_parser(description: str) -> argparse.ArgumentParser:
-    """A command-line parser that raises UserError instead of printing its usage."""
-    def error(message: str) -> None:
-        raise UserError(f"{message} (--help shows all flags)")
-
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = error
-    return parser
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Turn the fields of Config into flags, with the comments beside them as help."""
-    parser = one_line_parser(__doc__)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in dataclasses.fields(Config):
-        real = f"; {REAL[f.name]:g} for real data" if f.name in REAL else ""
-        shown = f" [{f.default}{real}]" if f.default not in ("", False) or real else ""
-        shown = f"\n{json.dumps(LEARNING_RATES)}" if f.name == "lr" else shown
-        options = dict(default=argparse.SUPPRESS, help=(comments[f.name] + shown).replace("%", "%%"))
-        if f.type is bool:
-            options["action"] = "store_true"
-        elif f.name in CHOICES:
-            options["choices"] = CHOICES[f.name]
-        else:
-            options |= {"type": f.type, "metavar": {str: "X", int: "N", float: "F"}[f.type]}
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
-    return parser
+CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
+                        "benchmark"}
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the command line: preset by data, then flags, then (with --resume) the run's own settings."""
-    given = vars(build_parser().parse_args(argv))
+    notes = {name: f"{value:g} for real data" for name, value in REAL.items()} | {"lr": str(LEARNING_RATES)}
+    given = vars(build_parser(Config, __doc__, CHOICES, notes).parse_args(argv))
     toy = given.get("data", Config.data) == "toy"
     preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
     preset = preset | ({"format_weight": 1.0} if "released_code" in given else {})
@@ -138,7 +112,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     name = f"{Path(cfg.model).name}-{Path(cfg.data).stem}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
     cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
     if cfg.resume:
-        saved = read_config(Path(cfg.out))
+        saved = read_config(Path(cfg.out), Config)
         for key in given.keys() - CHANGEABLE_ON_RESUME:
             if given[key] != saved.get(key):
                 raise UserError(f"--{key.replace('_', '-')} {given[key]}: the run has {saved.get(key)} and a "
@@ -147,14 +121,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
         cfg = Config(**(saved | changes | {"out": cfg.out}))
     check_config(cfg)
     return cfg
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's."""
-    try:
-        return dataclasses.asdict(Config(**json.loads((run / "config.json").read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{run}: is not a run folder (it has no config.json of a run)") from None
 
 
 def check_config(cfg: Config) -> None:
@@ -217,12 +183,17 @@ def half_precision() -> torch.dtype:
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve `--device`. Raises UserError if this machine has none such."""
+    """Resolve `--device`; torchrun's processes get a GPU each. Raises UserError if this machine has none such."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("mps"):
+        raise UserError(f"--device {name}: was never tested, so it is not offered; use cpu")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        torch.ones(1, device=name).cpu()
-        return torch.device(name)
+        torch.ones(1, device=device).cpu()
+        if name.startswith("cuda"):
+            torch.cuda.set_device(device)
+        return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -575,6 +546,13 @@ class Groups:
     thinking: Tensor  # (P, K) r_t in [0, 1]
     in_format: Tensor  # (P, K) r_f in {0, 1}
     rewards: Tensor  # (P, K) r = r_a + w_t r_t + w_f r_f
+    entropy: Tensor  # (P, K) sum over the tokens of a response, in nats
+
+    @classmethod
+    def join(cls, parts: list["Groups"]) -> "Groups":
+        """The groups of several processes as one."""
+        columns = zip(*([getattr(part, f.name) for f in dataclasses.fields(cls)] for part in parts), strict=True)
+        return cls(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, []) for c in columns))
 
 
 def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_weight: float,
@@ -588,7 +566,8 @@ def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_wei
                           for text, e, v in zip(texts, owners, verdicts, strict=True)], dtype=torch.float32)
     correct, thinking, in_format = parts.view(-1, generations, 3).unbind(2)
     rewards = correct + thinking_weight * thinking + format_weight * in_format
-    return Groups(ids, texts, finished, correct, thinking, in_format, rewards)
+    entropy = (rolled.entropy * rolled.mask).sum(1).view_as(correct).cpu()
+    return Groups(ids, texts, finished, correct, thinking, in_format, rewards, entropy)
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4, sample_std: bool = False) -> Tensor:
@@ -741,48 +720,62 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reference: torch.nn.Module | None = None  # frozen copy of the policy for the KL term
+    score: Callable[..., Groups] = score
     failures: int = 0  # steps in a row whose gradient was not finite
 
 
-def train_step(trainer: Trainer, examples: list[Example], step: int, method: str,
-               lr: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take a step by `method` (dyme, grpo or sft) on P prompts; its metrics, and its first group in full."""
+def train_step(trainer: Trainer, examples: list[Example], step: int, method: str, lr: float,
+               inputs: Iterable[dict[str, Tensor]] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take a step by `method` (dyme, grpo or sft) on P prompts; its metrics, and its first group in full.
+
+    `inputs` are this process's chunks of encoded prompts (see `own_chunks`), if they are at hand.
+    """
     cfg, policy, prompts, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    start = time.perf_counter()
-    chunks = [range(i, min(i + cfg.micro_batch, prompts)) for i in range(0, prompts, cfg.micro_batch)]
-    inputs = (encode_prompts(policy, [examples[p] for p in chunk], cfg.max_new_tokens) for chunk in chunks)
-    rolled = None
-    if method != "sft":  # which takes its many prompts as they come, to save memory
-        inputs = list(inputs)
-        uniforms = keyed_uniforms(cfg.seed, step, range(prompts), K, cfg.max_new_tokens)
-        rolled = rollout(policy, inputs, uniforms, cfg.temperature)
-    sampled = time.perf_counter()
+    own, chunks, clock = share(prompts), own_chunks(prompts, cfg.micro_batch), [time.perf_counter()] * 4
+    if inputs is None:
+        inputs = (encode_prompts(policy, examples[c.start:c.stop], cfg.max_new_tokens) for c in chunks)
+    inputs = ({key: x.to(policy.device, non_blocking=True) for key, x in chunk.items()} for chunk in inputs)
     explore, groups, advantages, sequences = torch.zeros(prompts, dtype=torch.bool), None, None, []
-    if rolled:
-        groups = score(policy, rolled, examples, cfg.thinking_weight, cfg.format_weight)
+    if method != "sft":  # which takes its many prompts as they come, to save memory
+        stream, inputs = inputs, []
+        gather(lambda: inputs.extend(stream))
+        clock[1] = time.perf_counter()
+        uniforms = keyed_uniforms(cfg.seed, step, own, K, cfg.max_new_tokens)
+        rolled = rollout(policy, inputs, uniforms, cfg.temperature)
+        clock[2] = time.perf_counter()
+        groups = Groups.join(gather(lambda: trainer.score(
+            policy, rolled, examples[own.start:own.stop], cfg.thinking_weight, cfg.format_weight)))
         advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
         if cfg.released_code:
             advantages[groups.correct.amin(1) == 1] = 0.0
         explore = choose_mode(groups.correct) if method == "dyme" else ~explore  # Eq. 6
         sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
-    scored = time.perf_counter()
-    share = 1 / K if cfg.released_code and method == "dyme" else 1.0
-    sequences += memorization_sequences(policy, examples, explore, weight=share / prompts)
+        clock[3] = time.perf_counter()
+    weight = 1 / K if cfg.released_code and method == "dyme" else 1.0
+    sequences += memorization_sequences(policy, examples, explore, weight=weight / prompts)
     metrics = {"step": step, "method": method, "lr": lr, "empty_steps": int(not sequences)}
     if sequences:
-        metrics |= accumulate_gradients(trainer, inputs, chunks, sequences)  # Eq. 7 and 8
+        totals = gather(lambda: accumulate_gradients(trainer, inputs, chunks, sequences, prompts))  # Eq. 7, 8
+        metrics |= {key: sum(total[key] for total in totals) for key in totals[0]}
         metrics |= apply_gradients(trainer, metrics["loss"], lr)
-    end = time.perf_counter()
-    metrics |= step_metrics(rolled, groups, explore, sequences)
-    metrics |= {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled,
-                "seconds_update": end - scored, "tokens_per_s": metrics["tokens"] / (end - start),
+    clock.append(time.perf_counter())
+    metrics |= step_metrics(groups, explore, sequences)
+    names = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
+    metrics |= {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
+    metrics |= {"tokens_per_s": metrics["tokens"] / (clock[4] - clock[0]),
                 "peak_memory_gib": peak_memory_gib(policy.device)}
     return metrics, {"step": step} | first_group(policy, examples[0], groups, advantages, sequences)
 
 
+def own_chunks(prompts: int, micro_batch: int) -> list[range]:
+    """This process's share of a step's prompts, cut into micro-batches."""
+    own = share(prompts)
+    return [range(i, min(i + micro_batch, own.stop)) for i in range(own.start, own.stop, micro_batch)]
+
+
 def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], chunks: list[range],
-                         sequences: list[Sequence]) -> dict[str, float]:
-    """Backward through every chunk with something to train on; the loss and KL of the whole step.
+                         sequences: list[Sequence], prompts: int) -> dict[str, float]:
+    """Backward through every chunk with something to train on; this process's part of loss and KL.
 
     The weights hold the step's own denominators, so any chunking gives the same gradient.
     """
@@ -798,7 +791,7 @@ def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], 
         if trainer.reference is not None and chosen[0].explore:
             with torch.no_grad():
                 frozen, *_ = sequence_logprobs(policy, trainer.reference, x, rows, chosen, cfg.temperature)
-            kl = token_mean(kl_estimate(logprobs, frozen), mask).sum() / (cfg.generations * chunks[-1].stop)
+            kl = token_mean(kl_estimate(logprobs, frozen), mask).sum() / (cfg.generations * prompts)
             loss, total["kl"] = loss + cfg.beta * kl, total["kl"] + kl.item()
         trainer.scaler.scale(loss).backward()
         total["loss"] += loss.item()
@@ -818,6 +811,23 @@ def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, 
     return logprobs, mask, explore
 
 
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up the gradients of all processes, in one all-reduce.
+
+    No further averaging: the weights of the sequences hold the step's own denominators.
+    """
+    if not dist.is_initialized():
+        return
+    trained = [p for p in parameters if p.requires_grad]
+    used = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]
+    flat = torch.cat([used, *grads])
+    dist.all_reduce(flat)
+    used, *grads = flat.split([len(trained), *(p.numel() for p in trained)])
+    for p, anywhere, grad in zip(trained, used.tolist(), grads, strict=True):
+        p.grad = grad.view_as(p) if anywhere else None
+
+
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     """Clip the gradient to norm 1 and step; if loss or gradient is not finite, change nothing.
 
@@ -826,6 +836,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     optimizer, scaler = trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
+    sum_gradients(trainer.policy.model.parameters())
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.policy.model.parameters(), 1.0).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -840,13 +851,12 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     return {"grad_norm": norm, "skipped_steps": int(not finite)}
 
 
-def bar_interval() -> float:
-    """Seconds between updates of a progress bar: often on a terminal, rarely in a log."""
-    return 0.5 if sys.stderr.isatty() else 30.0
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Peak memory so far: the allocator's on CUDA, the process's elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else process_memory_gib()
 
 
-def step_metrics(rolled: Rollout | None, groups: Groups | None, explore: Tensor,
-                 sequences: list[Sequence]) -> dict[str, Any]:
+def step_metrics(groups: Groups | None, explore: Tensor, sequences: list[Sequence]) -> dict[str, Any]:
     """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
     targets = [len(s.ids) for s in sequences if not s.explore]
     metrics = {"memorized": 1 - explore.float().mean().item(), "tokens": sum(targets)}
@@ -858,7 +868,7 @@ def step_metrics(rolled: Rollout | None, groups: Groups | None, explore: Tensor,
             "reward_format": groups.in_format.mean().item(), "accuracy": groups.correct.mean().item(),
             "none_correct": 1 - choose_mode(groups.correct).float().mean().item(),
             "no_variance": no_variance(groups.rewards).float().mean().item(),
-            "entropy": (rolled.entropy * rolled.mask).sum().item() / tokens,
+            "entropy": groups.entropy.sum().item() / tokens,
             "truncated": 1 - sum(groups.finished) / len(groups.ids),
             "response_length": tokens / len(groups.ids), "tokens": tokens,
         }
@@ -879,17 +889,6 @@ def first_group(policy: Policy, example: Example, groups: Groups | None, advanta
                           for k in range(groups.correct.shape[1])] if groups else []}
 
 
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(ImportError):
-        import resource
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return None
-
-
 # ---- Evaluation: answers to held-out rows --------------------------------------------------------
 
 
@@ -897,7 +896,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
             temperature: float = 1.0, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Answer rows greedily, or with `samples` draws each, and yield a judged prediction per response."""
     for start in tqdm(range(0, len(examples), batch), "answering", ncols=80, leave=False,
-                      disable=None if len(examples) > batch else True):
+                      disable=None if len(examples) > batch and is_main() else True):
         part = examples[start:start + batch]
         inputs = encode_prompts(policy, part, max_new_tokens)
         places = range(start, start + len(part))
@@ -910,36 +909,10 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 # ---- A run is a folder ---------------------------------------------------------------------------
 
 
-def prepare_run(cfg: Config) -> Path:
-    """Check or make the run folder; an existing run is never touched unless asked. Raises UserError."""
-    run = Path(cfg.out)
-    try:
-        holds_run = (run / "config.json").exists() and bool(read_config(run))
-        if holds_run and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
-        if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"--out {run}: is not empty and not a run; name another folder")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json.tmp").touch()
-        (run / "config.json.tmp").unlink()
-        if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
-            (run / "checkpoint.old").rename(run / "checkpoint")  # a crash fell between a save's two moves
-    except OSError as error:
-        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
-    return run
-
-
-def begin_run(run: Path, cfg: Config) -> None:
-    """Clear what an overwritten run left, and write down the settings."""
-    for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
-        file.unlink()
-    write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-
-
 def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
+    if not is_main():
+        return
     new, old, final = run / "checkpoint.tmp", run / "checkpoint.old", run / "checkpoint"
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -1002,76 +975,89 @@ def step_rows(cfg: Config, step: int, rows: int) -> list[int]:
     return [int(orders[i // rows][i % rows]) for i in range(start, start + count)]
 
 
-@contextlib.contextmanager
-def finish_step_on_interrupt() -> Iterator[list[int]]:
-    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def feed(trainer: Trainer, rows: list[Example], steps: range) -> Iterator[dict[str, Tensor]]:
+    """This process's encoded chunks, step after step: threads make the next step's while this one runs."""
+    cfg, policy, local = trainer.cfg, trainer.policy, threading.local()
+    threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+    copies = [dataclasses.replace(policy, processor=copy.deepcopy(policy.processor), device=torch.device("cpu"))
+              for _ in range(threads)]  # a tokenizer is not to be shared between threads
+    waiting: collections.deque[Future] = collections.deque()
+    pool = ThreadPoolExecutor(threads, initializer=lambda: setattr(local, "policy", copies.pop()))
     try:
-        yield received
+        for step in steps:
+            examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
+            for c in own_chunks(len(examples), cfg.micro_batch):
+                waiting.append(pool.submit(lambda part: encode_prompts(local.policy, part, cfg.max_new_tokens),
+                                           examples[c.start:c.stop]))
+                if len(waiting) > len(own_chunks(cfg.prompts, cfg.micro_batch)):
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        for number in previous:
-            signal.signal(number, previous[number])
+        pool.shutdown(cancel_futures=True)
+
+
+def load_rows(cfg: Config) -> tuple[list[Example], list[Example]]:
+    """Load training and held-out rows; where `--epochs` is given, it becomes `--steps`."""
+    rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
+                      for split in ("train", "val"))
+    cfg.steps = math.ceil(cfg.epochs * len(rows) / cfg.prompts) or cfg.steps
+    return rows, spread(held_out, cfg.eval_rows)
 
 
 def train(cfg: Config) -> None:
     """Carry out a run: load, evaluate, train, evaluate, and say where everything is."""
     device = select_device(cfg.device)
-    rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
-                      for split in ("train", "val"))
-    held_out = spread(held_out, cfg.eval_rows)
-    cfg.steps = math.ceil(cfg.epochs * len(rows) / cfg.prompts) or cfg.steps
+    rows, held_out = load_rows(cfg)
     if cfg.mode == "two-stage" and not 0 < cfg.sft_steps < cfg.steps:
         raise UserError(f"--sft-steps {cfg.sft_steps}: must lie between 0 and the run's {cfg.steps} steps")
-    run = prepare_run(cfg)
-    base = str(tiny_base(run.resolve().parent / "tiny-base")) if cfg.model == "tiny" else cfg.model
+    gather(lambda: is_main() and prepare_run(cfg))
+    run = Path(cfg.out)
+    base = str(run.resolve().parent / "tiny-base") if cfg.model == "tiny" else cfg.model
+    gather(lambda: is_main() and cfg.model == "tiny" and tiny_base(Path(base)))
     resumed = cfg.resume and (run / "checkpoint").exists()
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
-    if not resumed:
-        begin_run(run, cfg)
     step = load_checkpoint(run, trainer) if resumed else 0
-    for file, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
-        lines = [json.dumps(row) + "\n" for row in read_jsonl(run / f"{file}.jsonl") if row["step"] <= kept]
-        write_atomically(run / f"{file}.jsonl", "".join(lines))
-    print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
-          f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
+    gather(lambda: is_main() and begin_run(cfg, step, resumed))
+    if is_main():
+        print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
+              f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
     if not read_jsonl(run / "evaluations.jsonl"):
         evaluate(trainer, held_out, run, step)
-    if not train_loop(trainer, rows, held_out, run, step):
-        print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+    finished = train_loop(trainer, rows, held_out, run, step)
+    if not finished:
+        if is_main():
+            print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
         raise KeyboardInterrupt
-    report(cfg, run)
+    if is_main():
+        report(cfg, run)
 
 
 def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], run: Path, first: int) -> bool:
     """Take the steps from `first` on, with evaluations and checkpoints in between; False if interrupted."""
-    cfg = trainer.cfg
+    cfg, stream = trainer.cfg, feed(trainer, rows, range(first, trainer.cfg.steps))
     bar = tqdm(total=cfg.steps, initial=first, desc=cfg.mode, ncols=80, mininterval=bar_interval(),
-               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}")
-    with bar, finish_step_on_interrupt() as interrupted:
+               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}",
+               disable=not is_main())
+    with bar, finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
         for step in range(first, cfg.steps):
             method, lr = stage(cfg, step)
+            examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
+            inputs = itertools.islice(stream, len(own_chunks(len(examples), cfg.micro_batch)))
             try:
-                examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
                 with vision_once(trainer.policy.model):
-                    metrics, group = train_step(trainer, examples, step, method, lr)
+                    metrics, group = train_step(trainer, examples, step, method, lr, inputs)
             except UserError:
                 save_checkpoint(run, trainer, step)  # an unusable row must not cost the steps before it
                 raise
-            append_row(run / "metrics.jsonl", metrics)
-            append_row(run / "samples.jsonl", group)
+            if is_main():
+                append_row(run / "metrics.jsonl", metrics)
+                append_row(run / "samples.jsonl", group)
             shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
             bar.set_postfix({shown[key]: round(metrics[key], 2 if metrics[key] < 10 else None)
                              for key in shown if key in metrics})
             bar.update()
-            done, stop = step + 1, bool(interrupted)
+            done, stop = step + 1, any(gather(lambda: bool(interrupted)))
             if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 evaluate(trainer, held_out, run, done)  # before the save: a resumed run repeats what follows
             if done == cfg.steps or stop or (cfg.save_every and done % cfg.save_every == 0):
@@ -1084,7 +1070,12 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) -> None:
     """Answer held-out rows greedily, into `held-out-STEP.jsonl`; averages go to `evaluations.jsonl`."""
     cfg = trainer.cfg
-    predictions = list(respond(trainer.policy, held_out, cfg.max_new_tokens, 4 * cfg.micro_batch))
+    own = share(len(held_out))
+    parts = gather(lambda: list(respond(trainer.policy, held_out[own.start:own.stop], cfg.max_new_tokens,
+                                        4 * cfg.micro_batch)))
+    if not is_main():
+        return
+    predictions = sum(parts, [])
     summary = summarise(predictions)
     write_atomically(run / f"held-out-{step}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     append_row(run / "evaluations.jsonl", {"step": step} | summary)
@@ -1107,9 +1098,12 @@ def report(cfg: Config, run: Path) -> None:
 # ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
 
 TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.005)
-TINY_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
-                "<image>", "<global-img>"]
-TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
+
+
+def tiny_policy(seed: int) -> Policy:
+    """The tiny model with random weights, on the CPU."""
+    words = tiny_words(PROMPT)
+    return make_policy(build_tiny_model(seed, words), build_tiny_processor(words), torch.device("cpu"))
 
 
 def tiny_base(folder: Path) -> Path:
@@ -1124,7 +1118,7 @@ def tiny_base(folder: Path) -> Path:
         new.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    policy = make_policy(build_tiny_model(r.seed), build_tiny_processor(), torch.device("cpu"))
+    policy = tiny_policy(r.seed)
     lessons = toy_lessons(r.seed, r.batch * r.steps, r.flagged, PROMPT)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01, fused=True)
     for step in tqdm(range(r.steps), "making the tiny base model", ncols=80, mininterval=bar_interval()):
@@ -1148,73 +1142,16 @@ def tiny_base(folder: Path) -> Path:
     return folder
 
 
-def build_tiny_model(seed: int) -> torch.nn.Module:
-    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
-    # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
-    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                  image_size=64, patch_size=16, initializer_range=0.08)
-    words = TINY_SPECIAL + toy_words(PROMPT, TINY_WORD)
-    text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
-                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
-                max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
-    torch.manual_seed(seed)
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
-        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
-        text_config=text, **ids), dtype=torch.float32)
-
-
-def build_tiny_processor() -> Any:
-    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.idefics3 import Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    words = enumerate(TINY_SPECIAL + toy_words(PROMPT, TINY_WORD))
-    backend = Tokenizer(models.WordLevel({word: i for i, word in words}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TINY_WORD), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
-        additional_special_tokens=TINY_SPECIAL[2:])
-    images = Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": 64},
-                                       max_image_size={"longest_edge": 64})
-    template = (
-        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
-        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}")
-    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
-
-
-def run_main(program: Callable[[], None]) -> int:
-    """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        program()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:  # PyTorch says it in several ways
-        if not (isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error))):
-            raise
-        print("error: out of memory; lower the batch (--micro-batch; --batch in eval.py), --image-edge, "
-              "--max-new-tokens or --generations", file=sys.stderr)
-        return 2
-    except DivergedError as error:
-        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+def main() -> None:
+    """The program: read the settings, join the other processes if there are any, and train."""
+    cfg = parse_config()
+    with processes(select_device(cfg.device).type == "cuda"):
+        if cfg.benchmark:
+            from eval import benchmark  # measuring is eval.py's, which builds on this file: hence so late
+            benchmark(cfg)
+        else:
+            train(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(lambda: train(parse_config())))
+    sys.exit(run_main(main))

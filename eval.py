@@ -10,16 +10,29 @@ or of the whole text without one; *strict* also wants the format: one flag, an a
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import math
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dyme import (CHANGEABLE_ON_RESUME, Config, load_policy, one_line_parser, read_config, respond, run_main,
-                  select_device)
-from reward import (Example, UserError, answers_match, append_row, load_data, spread, summarise,
-                    write_atomically)
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dyme import (CHANGEABLE_ON_RESUME, Config, Groups, Policy, Prefix, Rollout, Sequence, encode_prefix,
+                  encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer, own_chunks,
+                  peak_memory_gib, respond, score, select_device, sequence_logprobs, stage,
+                  step_rows, tiny_policy, train_step, vision_once, vision_towers)
+from reward import (Example, UserError, answers_match, append_row, is_main, load_data, one_line_parser,
+                    read_config,                     run_main, share, spread, summarise, write_atomically)
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 
@@ -56,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Answer the test split with one model, write predictions.jsonl, and return the averages."""
     is_run = (Path(name) / "config.json").exists() and (Path(name) / "checkpoint").is_dir()
-    saved = read_config(Path(name)) if is_run else {}
+    saved = read_config(Path(name), Config) if is_run else {}
     data = args.data or saved.get("data", "toy")
     toy, own = data == "toy", data == saved.get("data") and data.endswith((".json", ".jsonl"))
     examples = load_data(data, "val" if own else "test")  # of your own rows, the tenth that was held back
@@ -115,6 +128,139 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 mean = sum(scores) / len(scores)
                 print(f"{seeds[0]['mode']}, {column}, {len(seeds)} seeds: mean {mean:.3f} "
                       f"(from {min(scores):.3f} to {max(scores):.3f})")
+
+
+# ---- Benchmark: where a step's time goes, and what the hardware would allow -----------------------
+
+
+def benchmark(cfg: Config) -> None:
+    """Time `--benchmark` steps of training after one of warm-up; every group explores, nothing is saved."""
+    device, (rows, _) = select_device(cfg.device), load_rows(cfg)
+    policy = tiny_policy(0) if cfg.model == "tiny" else load_policy(cfg.model, device, cfg.image_edge)
+    policy = replace(policy, model=policy.model.to(device), device=device, end_ids=[-1])  # responses never end
+    trainer = make_trainer(cfg, policy, cfg.model)
+    trainer.score = coin_flips
+    spent, stream, records = time_sampling(policy), feed(trainer, rows, range(cfg.benchmark + 1)), []
+    with contextlib.closing(stream):
+        for step in tqdm(range(cfg.benchmark + 1), "benchmark", ncols=80, disable=not is_main()):
+            spent.clear()
+            examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
+            inputs = itertools.islice(stream, len(own_chunks(len(examples), cfg.micro_batch)))
+            start = time.perf_counter()
+            with vision_once(policy.model):
+                metrics, _ = train_step(trainer, examples, step, stage(cfg, step)[0], 0.0, inputs)
+            record = {name: metrics[f"seconds_{name}"] for name in ("feed", "scoring", "update")}
+            record |= {"vision": spent["vision"], "prompt": spent["prompt"] - spent["vision"]}
+            record |= {"decode": metrics["seconds_sampling"] - spent["prompt"]}
+            records.append(record | {"step": time.perf_counter() - start, "tokens": metrics["tokens"]})
+    if is_main():
+        median = {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}
+        print_benchmark(cfg, policy, median, *step_floor(cfg, policy, examples))
+
+
+def coin_flips(policy: Policy, rolled: Rollout, examples: list[Example], *weights: float) -> Groups:
+    """Score as always, then let coins decide what is right, though one of each group is and one is not."""
+    groups = score(policy, rolled, examples, *weights)
+    coins = torch.randint(2, groups.correct.shape, generator=torch.Generator().manual_seed(0)).float()
+    coins[:, :2] = torch.tensor([1.0, 0.0])
+    return replace(groups, correct=coins, rewards=coins)
+
+
+def seconds(device: torch.device) -> float:
+    """Now, with the work handed to the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_sampling(policy: Policy) -> Counter[str]:
+    """Count the seconds that prompts (images included) and images take when sampling, from now on."""
+    spent: Counter[str] = Counter()
+
+    def hook(name: str, sign: int) -> Callable[..., None]:
+        def count(_: Any, __: Any, kwargs: dict[str, Any], *___: Any) -> None:
+            if not torch.is_grad_enabled() and "past_key_values" not in kwargs:  # else update, or decoding
+                spent[name] += sign * seconds(policy.device)
+        return count
+
+    modules = [("prompt", policy.model.base_model), *(("vision", tower) for tower in vision_towers(policy.model))]
+    for name, module in modules:
+        module.register_forward_pre_hook(hook(name, -1), with_kwargs=True)
+        module.register_forward_hook(hook(name, +1), with_kwargs=True)
+    return spent
+
+
+def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[dict[str, float], float, float]:
+    """Seconds that a step's parts must take on this machine, its FLOP/s of matrix products and bytes/s of copies.
+
+    Decoding reads weights and cache once per token; the rest makes its matrix products.
+    """
+    model, chunk = policy.model, examples[:own_chunks(len(examples), cfg.micro_batch)[0].stop]
+    inputs = encode_prompts(policy, chunk, cfg.max_new_tokens)
+    rows = [p for p in range(len(chunk)) for _ in range(cfg.generations)]
+
+    def flops(work: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    def prompt() -> Prefix:
+        with torch.no_grad(), policy.autocast():
+            return encode_prefix(model, inputs)
+
+    def update() -> None:
+        sequences = [Sequence(p, [0] * cfg.max_new_tokens, 1.0, True) for p in rows]
+        sequence_logprobs(policy, model, inputs, rows, sequences, 1.0)[0].sum().backward()
+
+    with vision_once(model):
+        work = {"vision": flops(prompt), "prompt": flops(prompt), "update": flops(update)}
+        work["vision"] -= work["prompt"]  # the second pass found the images encoded
+        cache = sum(x.keys.numel() + x.values.numel() for x in prompt().cache.layers)
+    flops_rate, copy_rate = machine_rates(policy.device)
+    scale, size = len(share(len(examples))) / len(chunk), 2 if policy.device.type == "cuda" else 4
+    towers = {id(p) for tower in vision_towers(model) for p in tower.parameters()}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in towers)
+    responses = cache / inputs["input_ids"].numel() * len(rows) * cfg.max_new_tokens / 2  # on average
+    floor = {name: scale * x / flops_rate for name, x in work.items()}
+    floor["decode"] = size * cfg.max_new_tokens * (weights + scale * (cache + responses)) / copy_rate
+    return floor, flops_rate, copy_rate
+
+
+def machine_rates(device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large matrix product in the precision of training, and bytes/s read and written by a copy."""
+    n, dtype = (8192, half_precision()) if device.type == "cuda" else (2048, torch.float32)
+    a, block = torch.randn(n, n, device=device).to(dtype), torch.zeros(2**28, dtype=torch.uint8, device=device)
+    product, other = torch.empty_like(a), torch.empty_like(block)
+
+    def fastest(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(8):
+            start = seconds(device)
+            work()
+            times.append(seconds(device) - start)
+        return min(times)
+
+    return (2 * n**3 / fastest(lambda: torch.mm(a, a, out=product)),
+            2 * block.numel() / fastest(lambda: other.copy_(block)))
+
+
+def print_benchmark(cfg: Config, policy: Policy, median: dict[str, float], floor: dict[str, float],
+                    flops_rate: float, copy_rate: float) -> None:
+    """Print the parts of a step beside their floor; the last line is the median step."""
+    print(f"{cfg.model}, {cfg.mode}, {cfg.prompts} prompts x {cfg.generations} responses x {cfg.max_new_tokens} "
+          f"tokens, micro-batch {cfg.micro_batch}, {policy.device}; medians of {cfg.benchmark} steps")
+    print(f"{'':10}{'seconds':>9}{'floor':>9}")
+    for name in ("feed", "vision", "prompt", "decode", "scoring", "update"):
+        print(f"{name:10}{median[name]:9.3f}{floor.get(name, 0.0):9.3f}")
+    print(f"{'step':10}{median['step']:9.3f}{sum(floor.values()):9.3f}\n"
+          f"floor: {flops_rate / 1e12:.2f} TFLOP/s of matrix products, {copy_rate / 1e9:.0f} GB/s of copies\n"
+          f"{median['tokens'] / median['step']:.0f} sampled tokens/s, peak memory "
+          f"{peak_memory_gib(policy.device) or math.nan:.2f} GiB\n"
+          f"whole run: {cfg.steps} steps, {median['step'] * cfg.steps / 3600:.2f} hours without evaluations\n"
+          f"median {median['step']:.3f} s/step")
+
+
+# ---- The program ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,10 +4,13 @@ The first half is rule-based verification and the thinking reward, on plain text
 examples: your own rows, ChartQA with traces from its tables, and the toy charts. No tensors, no model.
 """
 
+import argparse
 import ast
 import contextlib
 import csv
+import dataclasses
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -15,19 +18,28 @@ import math
 import operator
 import os
 import re
+import shutil
+import signal
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit code 2."""
+
+
+class DivergedError(Exception):
+    """Training cannot go on; the last checkpoint is kept."""
 
 
 @dataclass
@@ -594,16 +606,193 @@ def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[
         yield Example(text, answer, chart.draw), response
 
 
-def toy_words(prompt: str, pattern: str) -> list[str]:
-    """All words, as `pattern` finds them, of the toy's questions in `prompt`, its lessons and its traces."""
+# ---- The toy's model: a tiny VLM of SmolVLM's architecture ----------------------------------------
+
+TINY_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
+                "<image>", "<global-img>"]
+TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
+
+
+def tiny_words(prompt: str) -> list[str]:
+    """The tiny model's vocabulary: all words of the toy's questions in `prompt`, its lessons and its traces."""
     examples = toy_examples("train", "high")[:50]
     texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
     texts += [text for e in examples for text in (e.question, reference_response(e))]
     texts += [text for e, response in toy_lessons(0, 200, 0.5, prompt) for text in (e.question, response)]
-    return sorted({word for text in texts for word in re.findall(pattern, f"{text}\n {text}")})
+    return TINY_SPECIAL + sorted({word for text in texts for word in re.findall(TINY_WORD, f"{text}\n {text}")})
 
 
-# ---- Files that a crash cannot spoil --------------------------------------------------------------
+def build_tiny_model(seed: int, words: list[str]) -> Any:
+    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
+    # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=64, patch_size=16, initializer_range=0.08)
+    text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
+                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+                max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
+        text_config=text, **ids), dtype=torch.float32)
+
+
+def build_tiny_processor(words: list[str]) -> Any:
+    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.idefics3 import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TINY_WORD), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
+        additional_special_tokens=TINY_SPECIAL[2:])
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": 64},
+                                       max_image_size={"longest_edge": 64})
+    template = (
+        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
+        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}")
+    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
+
+
+# ---- Command line, files, signals: what every program needs ---------------------------------------
+
+
+def one_line_parser(description: str) -> argparse.ArgumentParser:
+    """A command-line parser that raises UserError instead of printing its usage."""
+    def error(message: str) -> None:
+        raise UserError(f"{message} (--help shows all flags)")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = error
+    return parser
+
+
+def build_parser(settings: type, description: str, choices: dict[str, Iterable[str]],
+                 notes: dict[str, str]) -> argparse.ArgumentParser:
+    """Turn the fields of a dataclass into flags; help is the comment beside a field, its default, its note."""
+    parser = one_line_parser(description)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+    for f in dataclasses.fields(settings):
+        shown = "; ".join(str(x) for x in (f.default, notes.get(f.name)) if x not in ("", False, None))
+        text = comments[f.name] + (f" [{shown}]" if shown else "")
+        options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        if f.type is bool:
+            options["action"] = "store_true"
+        elif f.name in choices:
+            options["choices"] = choices[f.name]
+        else:
+            options |= {"type": f.type, "metavar": {str: "X", int: "N", float: "F"}[f.type]}
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return parser
+
+
+def run_main(program: Callable[[], None]) -> int:
+    """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # PyTorch says it in several ways
+        if not (isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error))):
+            raise
+        print("error: out of memory; lower the batch (--micro-batch; --batch in eval.py), --image-edge, "
+              "--max-new-tokens or --generations", file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def finish_step_on_interrupt() -> Iterator[list[int]]:
+    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number in previous:
+            signal.signal(number, previous[number])
+
+
+def bar_interval() -> float:
+    """Seconds between updates of a progress bar: often on a terminal, rarely in a log."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
+def process_memory_gib() -> float | None:
+    """Peak memory of this process so far (None on Windows)."""
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return None
+
+
+def read_config(run: Path, settings: type) -> dict[str, Any]:
+    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's."""
+    try:
+        return dataclasses.asdict(settings(**json.loads((run / "config.json").read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{run}: is not a run folder (it has no config.json of a run)") from None
+
+
+def prepare_run(cfg: Any) -> None:
+    """Check or make the run folder; an existing run is never touched unless asked. Raises UserError."""
+    run = Path(cfg.out)
+    try:
+        holds_run = (run / "config.json").exists() and bool(read_config(run, type(cfg)))
+        if holds_run and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
+        if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"--out {run}: is not empty and not a run; name another folder")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json.tmp").touch()
+        (run / "config.json.tmp").unlink()
+        if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
+            (run / "checkpoint.old").rename(run / "checkpoint")  # a crash fell between a save's two moves
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+
+
+def begin_run(cfg: Any, step: int, resumed: bool) -> None:
+    """Write down the settings and clear what an overwritten run left; cut off what came after a checkpoint."""
+    run = Path(cfg.out)
+    if not resumed:
+        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
+            file.unlink()
+        write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    for name, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
+        lines = [json.dumps(row) + "\n" for row in read_jsonl(run / f"{name}.jsonl") if row["step"] <= kept]
+        write_atomically(run / f"{name}.jsonl", "".join(lines))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -627,3 +816,45 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+# ---- Several processes, as torchrun starts them ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes(cuda: bool) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def share(count: int) -> range:
+    """This process's share of `count` things."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
+def is_main() -> bool:
+    """Is this the process that writes and prints?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather(compute: Callable[[], Any]) -> list[Any]:
+    """Compute something in every process; all get all results, or all raise the UserError that one of them met."""
+    try:
+        result = compute()
+    except UserError as error:
+        result = error
+    results = [result]
+    if dist.is_initialized():
+        results *= dist.get_world_size()
+        dist.all_gather_object(results, result)
+    for error in results:
+        if isinstance(error, UserError):
+            raise error
+    return results

@@ -421,7 +421,7 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     trainer = dyme.Trainer(Config(generations=3), policy, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    result = dyme.accumulate_gradients(trainer, [batch], [range(2)], sequences)
+    result = dyme.accumulate_gradients(trainer, [batch], [range(2)], sequences, 2)
     connector = [p.grad for n, p in model.named_parameters() if re.search("connector|projector|merger", n)]
     assert sum(g.abs().sum() for g in connector if g is not None) > 0
     assert dyme.apply_gradients(trainer, result["loss"], 0.01)["grad_norm"] > 0
@@ -432,7 +432,7 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
 @pytest.fixture(scope="module")
 def tiny():
     """The toy's model and processor with random weights."""
-    return dyme.make_policy(dyme.build_tiny_model(0), dyme.build_tiny_processor(), CPU)
+    return dyme.tiny_policy(0)
 
 
 @pytest.fixture(scope="module")
@@ -567,7 +567,7 @@ def test_spread_takes_rows_from_all_over():
 
 
 def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monkeypatch):
-    processor = dyme.build_tiny_processor()
+    processor = dyme.tiny_policy(0).processor
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         dyme.make_policy(tiny.model, processor, CPU)
@@ -582,33 +582,28 @@ def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monke
 # ---- A training step -----------------------------------------------------------------------------
 
 
-def make_trainer(policy, **settings):
+def make_trainer(policy, correct=None, **settings):
+    """A trainer of a new tiny model; `correct` says which responses are right, r_t is then 0."""
     cfg = Config(lr=1e-3, prompts=4, generations=4, max_new_tokens=40, **settings)
-    model = dyme.build_tiny_model(0)
+    model = dyme.tiny_policy(0).model
     policy = dataclasses.replace(policy, model=model.eval())
-    return dyme.make_trainer(cfg, policy, "")
-
-
-def fake_scores(monkeypatch, correct):
-    """Let `score` say which responses were right; r_t stays 0."""
-    real = dyme.score
+    trainer = dyme.make_trainer(cfg, policy, "")
 
     def score(*args):
-        groups = real(*args)
-        groups.correct = torch.tensor(correct, dtype=torch.float32)
-        groups.rewards = groups.correct
-        return groups
-    monkeypatch.setattr(dyme, "score", score)
+        marks = torch.tensor(correct, dtype=torch.float32)
+        return dataclasses.replace(dyme.score(*args), correct=marks, rewards=marks)
+    if correct:
+        trainer.score = score
+    return trainer
 
 
 CORRECT = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]
 
 
 def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatch):
-    fake_scores(monkeypatch, CORRECT)
     gradients, losses = [], []
     for micro_batch in (4, 3, 1):
-        trainer = make_trainer(tiny, micro_batch=micro_batch)
+        trainer = make_trainer(tiny, CORRECT, micro_batch=micro_batch)
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
         metrics, _ = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
         gradients.append([p.grad.clone() for p in trainer.policy.model.parameters() if p.grad is not None])
@@ -620,8 +615,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatc
 
 
 def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch):
-    fake_scores(monkeypatch, CORRECT)
-    trainer = make_trainer(tiny, temperature=0.7)
+    trainer = make_trainer(tiny, CORRECT, temperature=0.7)
     model, seen = trainer.policy.model, {}
     real = dyme.exploration_sequences
     monkeypatch.setattr(dyme, "exploration_sequences", lambda ids, *a, **k: seen.update(ids=ids) or real(ids, *a, **k))
@@ -651,8 +645,7 @@ def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch)
 
 
 def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypatch):
-    fake_scores(monkeypatch, [[1] * 4] * 4)
-    trainer = make_trainer(tiny, micro_batch=2)
+    trainer = make_trainer(tiny, [[1] * 4] * 4, micro_batch=2)
     calls = []
     monkeypatch.setattr(dyme, "completion_logprobs", lambda *a: calls.append(a))
     before = [p.clone() for p in trainer.policy.model.parameters()]
@@ -663,17 +656,16 @@ def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypat
 
 
 def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
-    fake_scores(monkeypatch, CORRECT)
-    plain, weights, rewards = dyme.score, {}, np.array([0.0, 1.1, 1.2, 0.3])
+    weights, rewards = {}, np.array([0.0, 1.1, 1.2, 0.3])
 
     def score(*args):
-        groups = plain(*args)
-        groups.rewards = groups.correct + torch.tensor([0.0, 0.1, 0.2, 0.3])  # r_t varies, also where all are right
-        return groups
-    monkeypatch.setattr(dyme, "score", score)
+        marks = torch.tensor(CORRECT, dtype=torch.float32)
+        rewards = marks + torch.tensor([0.0, 0.1, 0.2, 0.3])  # r_t varies, also where all are right
+        return dataclasses.replace(dyme.score(*args), correct=marks, rewards=rewards)
     for released in (False, True):
         trainer = make_trainer(tiny, released_code=released)
-        monkeypatch.setattr(dyme, "accumulate_gradients", lambda t, i, c, s: weights.update(x=s) or {"loss": 0.0})
+        trainer.score = score
+        monkeypatch.setattr(dyme, "accumulate_gradients", lambda t, i, c, s, p: weights.update(x=s) or {"loss": 0.0})
         monkeypatch.setattr(dyme, "apply_gradients", lambda *_: {})
         dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
         target = [s.weight for s in weights["x"] if not s.explore]
@@ -695,7 +687,7 @@ def test_step_of_each_method(tiny, examples):
 
 def test_kl_pulls_towards_the_reference(tiny, examples):
     trainer = make_trainer(tiny, mode="grpo", beta=0.0)
-    trainer.cfg.beta, trainer.reference = 0.5, dyme.build_tiny_model(0).eval()
+    trainer.cfg.beta, trainer.reference = 0.5, dyme.tiny_policy(0).model
     metrics, _ = dyme.train_step(trainer, examples[:2], 0, "grpo", 1e-2)
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first step starts at the reference
     metrics, _ = dyme.train_step(trainer, examples[:2], 1, "grpo", 1e-2)
@@ -741,7 +733,7 @@ def accuracy(policy, examples):
 def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
     """From random weights on eight rows: targets bring the first right answers, exploration takes over."""
     cfg = Config(lr=4e-3, prompts=8, generations=4, max_new_tokens=40, steps=60, warmup=2, train_vision=True)
-    policy = dataclasses.replace(tiny, model=dyme.build_tiny_model(1).eval())
+    policy = dataclasses.replace(tiny, model=dyme.tiny_policy(1).model)
     trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
     before, log = accuracy(policy, rows), []
     for step in range(cfg.steps):
@@ -754,7 +746,7 @@ def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
 def test_exploration_alone_raises_accuracy(tiny, examples):
     """GRPO on a policy that is right now and then: no targets, only rewards."""
     cfg = Config(lr=3e-4, generations=8, max_new_tokens=40, train_vision=True, thinking_weight=0.0)
-    policy = dataclasses.replace(tiny, model=dyme.build_tiny_model(1).eval())
+    policy = dataclasses.replace(tiny, model=dyme.tiny_policy(1).model)
     trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
     for step in range(25):
         dyme.train_step(trainer, rows, step, "sft", 2e-3)
@@ -947,7 +939,10 @@ def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypa
 def test_help_and_readme_know_every_flag_metric_and_function(runs, capsys):
     readme = (Path(dyme.__file__).parent / "README.md").read_text()
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
-    assert all(f"{flag} " in dyme.build_parser().format_help() for flag in flags)
+    with pytest.raises(SystemExit):
+        dyme.parse_config(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"{flag} " in shown for flag in flags)
     assert run(runs, "a", "--steps", "1") == 0
     assert all(f"`{key}`" in readme for key in dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0])
     code = " ".join((Path(dyme.__file__).parent / name).read_text() for name in ("dyme.py", "eval.py"))
