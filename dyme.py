@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from reward import (DivergedError, Example, UserError, append_row, bar_interval, begin_run, build_parser,
                     build_tiny_model, build_tiny_processor, finish_step_on_interrupt, gather, is_main, judge,
-                    load_data, prepare_run, process_memory_gib, processes, read_config, read_jsonl, reference_response,
-                    run_main, share, spread, summarise, thinking_f1, tiny_words, toy_lessons, verify,
-                    write_atomically)
+                    load_data, prepare_run, process_memory_gib, processes, read_config, read_jsonl,
+                    reference_response, run_main, share, spread, summarise, thinking_f1, tiny_words,
+                    toy_lessons, verify, write_atomically)
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -----------------------------
@@ -81,6 +82,7 @@ class Config:
     hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
     augmented: bool = False  # chartqa: train on the machine-written questions too
     image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less means fewer tiles
+    vision_cache: float = 0.0  # GiB in which to keep the frozen tower's output for later epochs
     train_vision: bool = False  # train the vision tower too (frozen in the paper)
     eval_every: int = 200  # steps between evaluations on held-out rows (0: only before and after)
     eval_rows: int = 512  # held-out rows in an evaluation
@@ -183,7 +185,7 @@ def half_precision() -> torch.dtype:
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve `--device`; torchrun's processes get a GPU each. Raises UserError if this machine has none such."""
+    """Resolve `--device`; torchrun's processes get a GPU each. Raises UserError if there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("mps"):
@@ -342,11 +344,13 @@ def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
 
 
 @contextlib.contextmanager
-def vision_once(model: torch.nn.Module) -> Iterator[None]:
+def vision_once(model: torch.nn.Module, store: dict[int, Tensor] | None = None,
+                budget: float = 0.0) -> Iterator[None]:
     """Let a frozen vision tower encode a batch of images once, for sampling and for the update.
 
     Sampling keeps its output, before the connector, and the update takes it: the connector gets its gradient.
-    A tower with a trainable part, such as Qwen's with its connector inside, runs every time.
+    A tower with a trainable part, such as Qwen's with its connector inside, runs every time. With a `budget`
+    in bytes, `store` keeps it for later epochs too.
     """
     kept, batch = {}, [None]
     towers = [m for m in vision_towers(model) if not any(p.requires_grad for p in m.parameters())]
@@ -354,7 +358,9 @@ def vision_once(model: torch.nn.Module) -> Iterator[None]:
     def encode(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         pixels = batch[0]  # kept alive along with its features, so that its id stays its own
         _, features = kept.pop(id(pixels), (None, None))
-        if features is None:
+        if features is None and budget and not kwargs.get("output_hidden_states"):
+            features = encode_new_tiles(tower, store, budget, args, kwargs)
+        elif features is None:
             features = type(tower).forward(tower, *args, **kwargs)
         if not torch.is_grad_enabled():
             kept[id(pixels)] = pixels, copy.copy(features)  # models write into the output they are given
@@ -372,6 +378,26 @@ def vision_once(model: torch.nn.Module) -> Iterator[None]:
         hook.remove()
         for tower in towers:
             del tower.forward
+
+
+def encode_new_tiles(tower: torch.nn.Module, store: dict[int, Tensor], budget: float, args: Any,
+                     kwargs: dict[str, Any]) -> BaseModelOutput:
+    """A tower's output for a batch of image tiles, run only on those not in `store`, which it fills."""
+    tiles = args[0] if args else kwargs["pixel_values"]
+    keys = [hash(tile.cpu().numpy().tobytes()) for tile in tiles]
+    new = [i for i, key in enumerate(keys) if key not in store]
+    known = {key: store[key] for key in keys if key in store}
+
+    def pick(x: Any) -> Any:
+        return x[new] if isinstance(x, Tensor) and len(x) == len(tiles) else x
+
+    if new:
+        out = type(tower).forward(tower, *map(pick, args), **{name: pick(x) for name, x in kwargs.items()})
+        known |= dict(zip([keys[i] for i in new], out.last_hidden_state, strict=True))
+    for key in [keys[i] for i in new]:
+        if (len(store) + 1) * known[key].nbytes <= budget:
+            store[key] = known[key].clone()
+    return BaseModelOutput(last_hidden_state=torch.stack([known[key] for key in keys]))
 
 
 def branch(prefix: Prefix, rows: Tensor) -> Prefix:
@@ -482,7 +508,7 @@ def sample(model: torch.nn.Module, prefixes: list[Prefix], uniforms: Tensor, end
 
     def choose() -> None:
         token, entropy = draw(logits, uniforms.index_select(1, t).squeeze(1), temperature)
-        for kept, new in ((ids, token.where(alive, pad_id)), (mask, alive.long()), (entropies, entropy)):
+        for kept, new in ((ids, token.masked_fill(~alive, pad_id)), (mask, alive.long()), (entropies, entropy)):
             kept.index_copy_(1, t, new[:, None])
         alive.logical_and_((token[:, None] != ends).all(1))
 
@@ -509,7 +535,7 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     """Record a step as a CUDA graph: to replay it is one call, where Python would launch every kernel."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on meanwhile
             step()
     except RuntimeError as error:
         tqdm.write(f"decoding without a CUDA graph, slowly: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -551,7 +577,7 @@ class Groups:
     @classmethod
     def join(cls, parts: list["Groups"]) -> "Groups":
         """The groups of several processes as one."""
-        columns = zip(*([getattr(part, f.name) for f in dataclasses.fields(cls)] for part in parts), strict=True)
+        columns = ([getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls))
         return cls(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, []) for c in columns))
 
 
@@ -627,8 +653,8 @@ def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], li
     """Lay sequences of `lengths` to the prompts `rows` end to end, in rows of up to `limit` tokens.
 
     Returns the prompt of every packed row, and the packed row and the start of every sequence. Sequences
-    are not padded to the longest, and share a copy of the prompt; the limit is there as attention grows
-    with the square of a row.
+    are not padded to the longest, and share a copy of the prompt. But attention grows with the square of a
+    row: up to the prompt's own length it stays the smaller part.
     """
     owners, places, starts, used = [], [], [], 0
     for row, length in zip(rows, lengths, strict=True):
@@ -641,10 +667,10 @@ def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], li
 
 
 def completion_logprobs(model: torch.nn.Module, prefix: Prefix, rows: list[int], sequences: list[list[int]],
-                        temperature: Tensor, limit: int = 1024) -> tuple[Tensor, Tensor]:
+                        temperature: Tensor, limit: int = 0) -> tuple[Tensor, Tensor]:
     """Log-probs and mask (N, T) of sequences that continue the prompts `rows`, at `temperature: (N,)`."""
     device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
-    owners, places, starts = pack(rows, (lengths - 1).tolist(), limit)
+    owners, places, starts = pack(rows, (lengths - 1).tolist(), limit or prefix.mask.shape[1])
     prefix = branch(prefix, torch.tensor(owners, device=device))
     packed: list[list[tuple[int, int, int]]] = [[] for _ in owners]  # (token, offset, its sequence)
     for i, (place, ids) in enumerate(zip(places, sequences, strict=True)):
@@ -721,6 +747,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     reference: torch.nn.Module | None = None  # frozen copy of the policy for the KL term
     score: Callable[..., Groups] = score
+    features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
     failures: int = 0  # steps in a row whose gradient was not finite
 
 
@@ -806,8 +833,9 @@ def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, 
     """
     explore = torch.tensor([s.explore for s in sequences], device=policy.device)
     with policy.autocast():
-        logprobs, mask = completion_logprobs(model, encode_prefix(model, inputs), rows,
-                                             [s.ids for s in sequences], torch.where(explore, temperature, 1.0))
+        logprobs, mask = completion_logprobs(
+            model, encode_prefix(model, inputs), rows, [s.ids for s in sequences],
+            torch.where(explore, temperature, 1.0))
     return logprobs, mask, explore
 
 
@@ -977,19 +1005,25 @@ def step_rows(cfg: Config, step: int, rows: int) -> list[int]:
 
 def feed(trainer: Trainer, rows: list[Example], steps: range) -> Iterator[dict[str, Tensor]]:
     """This process's encoded chunks, step after step: threads make the next step's while this one runs."""
-    cfg, policy, local = trainer.cfg, trainer.policy, threading.local()
-    threads = max(1, min(4, (os.cpu_count() or 1) // 2))
-    copies = [dataclasses.replace(policy, processor=copy.deepcopy(policy.processor), device=torch.device("cpu"))
-              for _ in range(threads)]  # a tokenizer is not to be shared between threads
+    cfg, local = trainer.cfg, threading.local()
+    threads, ahead = max(1, min(4, (os.cpu_count() or 1) // 2)), len(own_chunks(cfg.prompts, cfg.micro_batch))
+    policy = dataclasses.replace(trainer.policy, device=torch.device("cpu"))
+    processors = [copy.deepcopy(policy.processor) for _ in range(threads)]  # a tokenizer serves one thread
+
+    def take_processor() -> None:
+        local.policy = dataclasses.replace(policy, processor=processors.pop())
+
+    def encode(part: list[Example]) -> dict[str, Tensor]:
+        return encode_prompts(local.policy, part, cfg.max_new_tokens)
+
     waiting: collections.deque[Future] = collections.deque()
-    pool = ThreadPoolExecutor(threads, initializer=lambda: setattr(local, "policy", copies.pop()))
+    pool = ThreadPoolExecutor(threads, initializer=take_processor)
     try:
         for step in steps:
             examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
             for c in own_chunks(len(examples), cfg.micro_batch):
-                waiting.append(pool.submit(lambda part: encode_prompts(local.policy, part, cfg.max_new_tokens),
-                                           examples[c.start:c.stop]))
-                if len(waiting) > len(own_chunks(cfg.prompts, cfg.micro_batch)):
+                waiting.append(pool.submit(encode, examples[c.start:c.stop]))
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -1045,7 +1079,7 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
             examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
             inputs = itertools.islice(stream, len(own_chunks(len(examples), cfg.micro_batch)))
             try:
-                with vision_once(trainer.policy.model):
+                with vision_once(trainer.policy.model, trainer.features, cfg.vision_cache * 2**30):
                     metrics, group = train_step(trainer, examples, step, method, lr, inputs)
             except UserError:
                 save_checkpoint(run, trainer, step)  # an unusable row must not cost the steps before it

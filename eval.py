@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-edge", 0, "as for dyme.py [a run's own]")
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
-    add("--device", "auto", "auto, cpu, cuda, cuda:N or mps")
+    add("--device", "auto", "auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     for name in ("samples", "limit", "max_new_tokens", "batch", "image_edge", "seed"):
         if getattr(args, name) < 0:
@@ -137,7 +137,7 @@ def benchmark(cfg: Config) -> None:
     """Time `--benchmark` steps of training after one of warm-up; every group explores, nothing is saved."""
     device, (rows, _) = select_device(cfg.device), load_rows(cfg)
     policy = tiny_policy(0) if cfg.model == "tiny" else load_policy(cfg.model, device, cfg.image_edge)
-    policy = replace(policy, model=policy.model.to(device), device=device, end_ids=[-1])  # responses never end
+    policy = replace(policy, model=policy.model.to(device), device=device, end_ids=[-1])  # none ever ends
     trainer = make_trainer(cfg, policy, cfg.model)
     trainer.score = coin_flips
     spent, stream, records = time_sampling(policy), feed(trainer, rows, range(cfg.benchmark + 1)), []
@@ -147,7 +147,7 @@ def benchmark(cfg: Config) -> None:
             examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
             inputs = itertools.islice(stream, len(own_chunks(len(examples), cfg.micro_batch)))
             start = time.perf_counter()
-            with vision_once(policy.model):
+            with vision_once(policy.model, trainer.features, cfg.vision_cache * 2**30):
                 metrics, _ = train_step(trainer, examples, step, stage(cfg, step)[0], 0.0, inputs)
             record = {name: metrics[f"seconds_{name}"] for name in ("feed", "scoring", "update")}
             record |= {"vision": spent["vision"], "prompt": spent["prompt"] - spent["vision"]}
@@ -183,15 +183,15 @@ def time_sampling(policy: Policy) -> Counter[str]:
                 spent[name] += sign * seconds(policy.device)
         return count
 
-    modules = [("prompt", policy.model.base_model), *(("vision", tower) for tower in vision_towers(policy.model))]
-    for name, module in modules:
+    towers = [("vision", tower) for tower in vision_towers(policy.model)]
+    for name, module in [("prompt", policy.model.base_model), *towers]:
         module.register_forward_pre_hook(hook(name, -1), with_kwargs=True)
         module.register_forward_hook(hook(name, +1), with_kwargs=True)
     return spent
 
 
 def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[dict[str, float], float, float]:
-    """Seconds that a step's parts must take on this machine, its FLOP/s of matrix products and bytes/s of copies.
+    """Seconds that a step's parts must take here, the FLOP/s of matrix products and the bytes/s of copies.
 
     Decoding reads weights and cache once per token; the rest makes its matrix products.
     """
@@ -227,9 +227,10 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[di
 
 
 def machine_rates(device: torch.device) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in the precision of training, and bytes/s read and written by a copy."""
+    """FLOP/s of a large matrix product in the precision of training, bytes/s read and written by a copy."""
     n, dtype = (8192, half_precision()) if device.type == "cuda" else (2048, torch.float32)
-    a, block = torch.randn(n, n, device=device).to(dtype), torch.zeros(2**28, dtype=torch.uint8, device=device)
+    a = torch.randn(n, n, device=device).to(dtype)
+    block = torch.zeros(2**28, dtype=torch.uint8, device=device)
     product, other = torch.empty_like(a), torch.empty_like(block)
 
     def fastest(work: Callable[[], Any]) -> float:
@@ -247,8 +248,9 @@ def machine_rates(device: torch.device) -> tuple[float, float]:
 def print_benchmark(cfg: Config, policy: Policy, median: dict[str, float], floor: dict[str, float],
                     flops_rate: float, copy_rate: float) -> None:
     """Print the parts of a step beside their floor; the last line is the median step."""
-    print(f"{cfg.model}, {cfg.mode}, {cfg.prompts} prompts x {cfg.generations} responses x {cfg.max_new_tokens} "
-          f"tokens, micro-batch {cfg.micro_batch}, {policy.device}; medians of {cfg.benchmark} steps")
+    print(f"{cfg.model}, {cfg.mode}, {cfg.prompts} prompts x {cfg.generations} responses x "
+          f"{cfg.max_new_tokens} tokens, micro-batch {cfg.micro_batch}, {policy.device}; "
+          f"medians of {cfg.benchmark} steps")
     print(f"{'':10}{'seconds':>9}{'floor':>9}")
     for name in ("feed", "vision", "prompt", "decode", "scoring", "update"):
         print(f"{name:10}{median[name]:9.3f}{floor.get(name, 0.0):9.3f}")

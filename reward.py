@@ -1,7 +1,8 @@
 """Examples and rewards: what a question comes with, and how a response to it is judged.
 
-The first half is rule-based verification and the thinking reward, on plain text; the second half makes the
-examples: your own rows, ChartQA with traces from its tables, and the toy charts. No tensors, no model.
+First rule-based verification and the thinking reward, on plain text; then the examples: your own rows,
+ChartQA with traces from its tables, and the toy with its tiny model. At the end what is not about the method
+at all: command line, signals, files, processes.
 """
 
 import argparse
@@ -614,12 +615,13 @@ TINY_WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so 
 
 
 def tiny_words(prompt: str) -> list[str]:
-    """The tiny model's vocabulary: all words of the toy's questions in `prompt`, its lessons and its traces."""
+    """The tiny model's vocabulary: all words of the toy's questions in `prompt`, lessons and traces."""
     examples = toy_examples("train", "high")[:50]
     texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
     texts += [text for e in examples for text in (e.question, reference_response(e))]
     texts += [text for e, response in toy_lessons(0, 200, 0.5, prompt) for text in (e.question, response)]
-    return TINY_SPECIAL + sorted({word for text in texts for word in re.findall(TINY_WORD, f"{text}\n {text}")})
+    words = {word for text in texts for word in re.findall(TINY_WORD, f"{text}\n {text}")}
+    return TINY_SPECIAL + sorted(words)
 
 
 def build_tiny_model(seed: int, words: list[str]) -> Any:
@@ -679,7 +681,7 @@ def one_line_parser(description: str) -> argparse.ArgumentParser:
 
 def build_parser(settings: type, description: str, choices: dict[str, Iterable[str]],
                  notes: dict[str, str]) -> argparse.ArgumentParser:
-    """Turn the fields of a dataclass into flags; help is the comment beside a field, its default, its note."""
+    """Turn a dataclass's fields into flags; their help is the comment beside them, default and note."""
     parser = one_line_parser(description)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
     for f in dataclasses.fields(settings):
@@ -708,6 +710,10 @@ def run_main(program: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # PyTorch says it in several ways
+        if re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+            print("error: another process of this run has ended, see its message; --resume goes on from the "
+                  "last checkpoint", file=sys.stderr)
+            return 1
         if not (isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error))):
             raise
         print("error: out of memory; lower the batch (--micro-batch; --batch in eval.py), --image-edge, "
@@ -728,7 +734,7 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if received:
+        if number in received:  # torchrun passes Ctrl-C on as a SIGTERM: that is no second one
             raise KeyboardInterrupt
         received.append(number)
         tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
@@ -782,7 +788,7 @@ def prepare_run(cfg: Any) -> None:
 
 
 def begin_run(cfg: Any, step: int, resumed: bool) -> None:
-    """Write down the settings and clear what an overwritten run left; cut off what came after a checkpoint."""
+    """Write down the settings; clear what an overwritten run left, or what came after the checkpoint."""
     run = Path(cfg.out)
     if not resumed:
         for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
@@ -845,7 +851,7 @@ def is_main() -> bool:
 
 
 def gather(compute: Callable[[], Any]) -> list[Any]:
-    """Compute something in every process; all get all results, or all raise the UserError that one of them met."""
+    """Compute in every process; all get all results, or all raise the UserError that one of them met."""
     try:
         result = compute()
     except UserError as error:

@@ -13,6 +13,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import dyme
@@ -356,7 +360,7 @@ def plain_logprobs(model, row, ids, temperature=1.0):
     return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("limit", [1024, 5])  # a prompt's sequences in one packed row, or in several
+@pytest.mark.parametrize("limit", [1024, 5, 0])  # a prompt's sequences in one packed row, or in several
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_give_the_plain_logprobs_and_gradients(family, limit):
     model = tiny_family(family)
@@ -402,6 +406,34 @@ def test_vision_once_changes_no_loss_and_no_connector_gradient(family):
     assert loss == loss_once and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(grads, grads_once, strict=True))
     assert (twice, once) == (2, 2 if family == "qwen2_5_vl" else 1) and grads  # Qwen's connector is inside its tower
     assert not any("forward" in vars(tower) for tower in dyme.vision_towers(model))  # nothing is left behind
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_cache_changes_no_logprob_and_encodes_an_image_once(family):
+    model = tiny_family(family)
+    dyme.freeze_vision(model)
+    rows = [family_inputs(family, [10, 11], seed) for seed in range(3)]
+    passes, store = [], {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
+
+    def logprobs(batch, *cache):
+        with dyme.vision_once(model, *cache), torch.no_grad():
+            prefix = dyme.encode_prefix(model, pad_batch([rows[i] for i in batch]))
+            return dyme.completion_logprobs(model, prefix, [0, 1], [[20, 21], [22, 23]], torch.ones(2))[0]
+    expected = [logprobs(batch) for batch in ([0, 1], [1, 2], [2, 0])]
+    passes.clear()
+    cached = [logprobs(batch, store, 1e6) for batch in ([0, 1], [1, 2], [2, 0])]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(cached, expected, strict=True))
+    tiles = passes[0] // 2  # of an image
+    if family == "idefics3":
+        assert passes == [2, 1] and len(store) == 3  # 0 and 1, then 2
+    assert all(x.nbytes for x in store.values()) and tiles
+    logprobs([0, 1], {}, 1.0)  # a budget too small for any image
+    full = dict(store)
+    logprobs([0, 1], full, 1.0)
+    assert len(full) == len(store)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -847,6 +879,134 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs, capsys):
     table = capsys.readouterr().out
     assert "2 seeds: mean" in table and "pass@2" in table and "groundedness" in table
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
+
+
+# ---- Speed: the feed, the benchmark, and what only a GPU can show -----------------------------------
+
+
+def test_the_feed_gives_what_each_step_needs_in_order(tiny, examples):
+    trainer = make_trainer(tiny, micro_batch=3)
+    trainer.cfg.steps = 3
+    chunks = list(dyme.feed(trainer, examples[:10], range(1, 3)))
+    assert [len(x["input_ids"]) for x in chunks] == [3, 1, 3, 1]
+    rows = dyme.step_rows(trainer.cfg, 2, 10)
+    expected = dyme.encode_prompts(tiny, [examples[i] for i in rows[:3]], room=0)
+    assert all(torch.equal(chunks[2][key], expected[key]) for key in expected)
+    assert threading.active_count() < 20  # it has ended its threads
+
+
+def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs, monkeypatch, capsys):
+    flags = ["--benchmark", "2", "--prompts", "2", "--generations", "3", "--max-new-tokens", "5", "--micro-batch", "1"]
+    monkeypatch.setattr(sys, "argv", ["dyme.py", *flags, "--out", str(runs / "a")])
+    assert reward.run_main(dyme.main) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"median \d+\.\d{3} s/step", lines[-1]) and not any(runs.iterdir())
+    table = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[2:9]}
+    assert list(table) == ["feed", "vision", "prompt", "decode", "scoring", "update", "step"]
+    assert all(table[part][1] >= 0 for part in table) and table["step"][0] == float(lines[-1].split()[1])
+
+
+def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny, examples):
+    policy = dataclasses.replace(tiny, end_ids=[-1])
+    inputs = dyme.encode_prompts(policy, examples[:2], room=9)
+    rolled = dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, [0, 1], 4, 9), 1.0)
+    groups = evaluation.coin_flips(policy, rolled, examples[:2], 1.0, 0.0)
+    assert dyme.choose_mode(groups.correct).all() and not dyme.no_variance(groups.rewards).any()
+    assert [len(ids) for ids in groups.ids] == [9] * 8
+
+
+def cuda_policy():
+    policy = dyme.tiny_policy(0)
+    return dataclasses.replace(policy, model=policy.model.to("cuda"), device=torch.device("cuda"), end_ids=[-1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_samples_what_plain_steps_do(examples, monkeypatch):
+    policy, results, captured = cuda_policy(), [], []
+    capture = dyme.capture
+    for wrapper in (lambda step: captured.append(capture(step)) or captured[-1], lambda step: step):
+        monkeypatch.setattr(dyme, "capture", wrapper)
+        inputs = dyme.encode_prompts(policy, examples[:3], room=24)
+        results.append(dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, range(3), 4, 24), 1.0))
+    assert captured[0].__name__ == "replay"  # it was a graph
+    assert (results[0].ids == results[1].ids).float().mean() > 0.95
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    policy = cuda_policy()
+    trainer = dyme.make_trainer(Config(lr=1e-3, generations=4, max_new_tokens=24), policy, "")
+    trainer.score = evaluation.coin_flips
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # or an error
+        metrics, _ = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+    assert metrics["grad_norm"] > 0 and metrics["skipped_steps"] == 0
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+DRIVER = """
+import dataclasses, os, sys
+import dyme, reward
+dyme.TINY_RECIPE = dyme.TINY_RECIPE | dict(steps=2, batch=4)
+reward.TOY_SPLITS = {"train": (0, 16), "val": (16, 7), "test": (24, 8)}
+verify, accumulate, calls = dyme.verify, dyme.accumulate_gradients, []
+
+def mixed(text, example, finished):  # so that some prompts explore and others memorize
+    return dataclasses.replace(verify(text, example, finished), correct=(len(text) + len(example.question)) % 4 == 0)
+
+def breaking(*args):
+    calls.append(1)
+    if len(calls) == 3 and os.environ.get("RANK") == "1" and "breaks" in sys.argv:
+        raise reward.UserError("row 7: is broken")
+    return accumulate(*args)
+
+dyme.verify, dyme.accumulate_gradients = mixed, breaking
+flags = "--steps 3 --prompts 5 --micro-batch 2 --generations 4 --max-new-tokens 12 --eval-every 2".split()
+sys.argv[1:] = [*flags, *sys.argv[1:]] if "--resume" not in sys.argv else sys.argv[1:]
+sys.exit(reward.run_main(dyme.main))
+"""
+
+
+def start(runs, processes, *flags):
+    """Run the driver in one process, or in several by torchrun; the finished process."""
+    (runs / "driver.py").write_text(DRIVER)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    here = {"PYTHONPATH": str(Path(dyme.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launch, "driver.py", *flags], cwd=runs, env=os.environ | here, text=True,
+                          capture_output=True, timeout=120)
+
+
+def weights(run):
+    return load_file(run / "checkpoint" / "model.safetensors")
+
+
+@pytest.mark.parametrize("mode", ["dyme", "sft"])
+def test_two_processes_train_as_one(tmp_path, mode):
+    for name, processes in (("one", 1), ("two", 2)):
+        assert start(tmp_path, processes, "--out", name, "--mode", mode).returncode == 0
+    one, two = (dyme.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    if mode == "dyme":
+        assert 0 < np.mean([row["memorized"] for row in one]) < 1
+    for a, b in zip(one, two, strict=True):
+        compared = [key for key in a if not key.startswith(("seconds", "tokens_per_s", "peak", "method"))]
+        assert [b[key] for key in compared] == pytest.approx([a[key] for key in compared], rel=1e-4)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=5e-5) for name in a)
+    held_out = [(tmp_path / name / "held-out-3.jsonl").read_text() for name in ("one", "two")]
+    assert held_out[0] == held_out[1] and held_out[0].count("\n") == 7  # every row once, in order
+
+
+def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp_path):
+    broken = start(tmp_path, 2, "--out", "breaks")
+    assert broken.returncode == 1 and "error: row 7: is broken" in broken.stderr and "Traceback" not in broken.stdout
+    assert len(dyme.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) == 2
+    assert start(tmp_path, 1, "--out", "breaks", "--resume").returncode == 0
+    assert start(tmp_path, 1, "--out", "whole").returncode == 0
+    a, b = weights(tmp_path / "breaks"), weights(tmp_path / "whole")
+    assert all(torch.allclose(a[name], b[name], rtol=0, atol=5e-5) for name in a)
+
 
 
 def test_vote_by_hand():
