@@ -116,7 +116,9 @@ def test_toy_is_deterministic_and_splits_do_not_overlap():
     assert [e.hint for e in train] == [e.hint for e in reward.toy_examples("train")]
     facts = [{e.facts for e in split} for split in (train, val, test)]
     assert [len(f) for f in facts] == [len(train), len(val), len(test)] and len(set.union(*facts)) == sum(map(len, facts))
-    assert {chart.facts() for chart in reward.random_charts([4, 0], 3000)}.isdisjoint(set.union(*facts))
+    charts = {e.image.__self__.facts() for e, _ in reward.toy_lessons(0, 3400, 0.0, dyme.PROMPT)}
+    assert len(charts) == 3400 and charts.isdisjoint(set.union(*facts))  # nor has the base seen any
+    assert not {c.facts() for c in reward.random_charts([4, 0], 3400)}.isdisjoint(set.union(*facts))  # left to chance
 
 
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.25), ("low", 0.5)])
