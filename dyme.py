@@ -25,7 +25,6 @@ import re
 import shlex
 import shutil
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,20 +35,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from reward import (DivergedError, Example, UserError, append_row, bar_interval, begin_run, build_parser,
-                    build_tiny_model, build_tiny_processor, finish_step_on_interrupt, gather, is_main, judge,
-                    load_data, prepare_run, process_memory_gib, processes, read_config, read_jsonl,
-                    reference_response, run_main, share, spread, summarise, thinking_f1, tiny_words,
-                    toy_lessons, verify, write_atomically)
+from reward import (DivergedError, Example, Helper, UserError, append_row, bar_interval, begin_run,
+                    build_parser, build_tiny_model, build_tiny_processor, check_config,
+                    finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows, own_chunks,
+                    peak_memory_gib, prepare_run, processes, read_config, read_jsonl, reference_response,
+                    report, run_main, select_device, share, shrink, sum_gradients, summarise, thinking_f1,
+                    tiny_words, toy_lessons, verify, write_atomically)
 
 
 # ---- Settings: every field is a flag, the comment beside it its help -----------------------------
@@ -60,7 +58,7 @@ class Config:
     """All settings of a run; the values here are the toy preset, `REAL` holds what differs for other data."""
 
     model: str = "tiny"  # tiny, a short name (SmolVLM-256M, ...), a hub id or a local directory
-    data: str = "toy"  # toy, chartqa, a "ChartQA Dataset" folder or zip, or your own .json/.jsonl rows
+    data: str = "toy"  # toy, chartqa (or its folder or zip), DOMAIN:FOLDER, or your own .json/.jsonl rows
     mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     steps: int = 600  # optimisation steps
@@ -70,6 +68,7 @@ class Config:
     micro_batch: int = 64  # prompts per forward pass: lower saves memory, the gradient is the same
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
+    switch: str = "any-correct"  # dyme: any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
     sft_steps: int = 100  # two-stage: steps of SFT before GRPO
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
@@ -77,6 +76,12 @@ class Config:
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
     beta: float = 0.0  # weight of KL(p || p_ref) in grpo and two-stage (Eq. 3); loads the model twice
     released_code: bool = False  # do as the authors' release where it departs from the paper (see README)
+    helper_url: str = ""  # Full DyME: an OpenAI-compatible chat server, such as http://127.0.0.1:8000/v1
+    helper_model: str = ""  # the model to ask for there
+    helper_key_env: str = ""  # the environment variable that holds the key, if the server wants one
+    helper_concurrency: int = 8  # requests at a time
+    no_checker: bool = False  # keep the static r_t: the helper only refines
+    no_refiner: bool = False  # keep the static traces: the helper only checks
     seed: int = 0  # data order and sampling; on the CPU it makes a run reproducible
     traces: str = "low"  # toy: quality of the thinking traces, high, medium or low (ungrounded values)
     hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
@@ -100,12 +105,13 @@ LEARNING_RATES = {"toy": dict(dyme=5e-4, grpo=5e-4, sft=1e-4) | {"two-stage": 5e
                   "real": dict(dyme=8e-5, grpo=1e-5, sft=1e-5) | {"two-stage": 1e-5}}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
 CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
-                        "benchmark"}
+                        "benchmark", "helper_url", "helper_key_env", "helper_concurrency"}
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the command line: preset by data, then flags, then (with --resume) the run's own settings."""
-    notes = {name: f"{value:g} for real data" for name, value in REAL.items()} | {"lr": str(LEARNING_RATES)}
+    notes = {name: f"{value:g} for real data" for name, value in REAL.items()} | {
+        "lr": "; ".join(f"{data} {json.dumps(rates)}" for data, rates in LEARNING_RATES.items())}
     given = vars(build_parser(Config, __doc__, CHOICES, notes).parse_args(argv))
     toy = given.get("data", Config.data) == "toy"
     preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
@@ -125,23 +131,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return cfg
 
 
-def check_config(cfg: Config) -> None:
-    """Refuse values that cannot work, naming the flag."""
-    lowest = {"generations": 2, "temperature": 1e-6, "lr": 1e-12}
-    lowest |= dict.fromkeys(("prompts", "micro_batch", "max_new_tokens", "steps", "eval_rows"), 1)
-    for name in (f.name for f in dataclasses.fields(cfg) if f.type in (int, float)):
-        low = lowest.get(name, 0)
-        if not low <= getattr(cfg, name) < math.inf:
-            why = " (a group needs two responses for an advantage, Eq. 2)" if name == "generations" else ""
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {low}{why}")
-    if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
-        raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
-    if (cfg.hints or cfg.augmented) and cfg.data.endswith((".json", ".jsonl", "toy")):
-        raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
-    if cfg.model == "tiny" and cfg.data != "toy":
-        raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
-
-
 # ---- Model: a policy is a model, its processor, and the ids that end a response ------------------
 
 MODELS = {
@@ -154,6 +143,10 @@ MODELS = {
     "LLaVA-OV-0.5B": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     "InternVL3-1B": "OpenGVLab/InternVL3-1B-hf",
     "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen2.5-VL-7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",  # text only, as are the SmolLM2
+    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M-Instruct",
 }
 
 
@@ -179,38 +172,18 @@ class Policy:
         return torch.autocast("cuda", dtype=half_precision()) if cuda else contextlib.nullcontext()
 
 
-def half_precision() -> torch.dtype:
-    """bfloat16 where the GPU computes in it, float16 (with a gradient scaler) on older ones."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def select_device(name: str) -> torch.device:
-    """Resolve `--device`; torchrun's processes get a GPU each. Raises UserError if there is none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("mps"):
-        raise UserError(f"--device {name}: was never tested, so it is not offered; use cpu")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    try:
-        torch.ones(1, device=device).cpu()
-        if name.startswith("cuda"):
-            torch.cuda.set_device(device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
 def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load a short name, a hub id, a model directory or a run folder. Raises UserError if it cannot."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     run = Path(name) / "checkpoint"
     source = str(run) if run.is_dir() else MODELS.get(name, name)
     try:
         if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             raise ValueError("no such directory, nor the form of a hub id")
-        processor = AutoProcessor.from_pretrained(source)
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        processor = AutoProcessor.from_pretrained(source)  # of a text-only model: its tokenizer
+        sees = type(AutoConfig.from_pretrained(source)) in AutoModelForImageTextToText._model_mapping
+        model, info = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # loaders raise many kinds, and all mean the same to the user
         reason = " ".join(str(error).split())[:200]
@@ -266,6 +239,8 @@ def render(processor: Any, prompt: str, has_image: bool, response: str | None = 
     messages = [{"role": "user", "content": content}]
     if response is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+    if not hasattr(processor, "image_processor"):  # the templates of text-only models want plain text
+        messages = [message | {"content": message["content"][-1]["text"]} for message in messages]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
 
 
@@ -297,10 +272,12 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
     Raises UserError naming a row whose image cannot be read, or that leaves no `room` for the response.
     """
     texts = [render(policy.processor, prompt.format(question=e.question), bool(e.image)) for e in examples]
+    if any(e.image for e in examples) and not hasattr(policy.processor, "image_processor"):
+        raise UserError(f"{examples[0].name}: has an image, which this model cannot see")
     images = [[shrink(e.image(), policy.image_edge)] if e.image else [] for e in examples]
     has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")
     try:
-        inputs = policy.processor(text=texts, images=images if any(images) else None, padding=True,
+        inputs = policy.processor(**({"images": images} if any(images) else {}), text=texts, padding=True,
                                   return_tensors="pt", add_special_tokens=not has_bos)
     except ValueError as error:  # such as a question that holds the image token itself
         names = " or ".join(e.name for e in examples)
@@ -311,12 +288,6 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
             raise UserError(f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
                             f"model's context of {limit}; lower --image-edge or --max-new-tokens")
     return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
-
-
-def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
-    """Limit the longest edge to that many pixels (0: leave it as it is)."""
-    image.thumbnail((longest_edge or image.width, longest_edge or image.height))
-    return image
 
 
 # ---- Rollout: a prompt is encoded once, images included; its K responses read the same cache -----
@@ -508,7 +479,8 @@ def sample(model: torch.nn.Module, prefixes: list[Prefix], uniforms: Tensor, end
 
     def choose() -> None:
         token, entropy = draw(logits, uniforms.index_select(1, t).squeeze(1), temperature)
-        for kept, new in ((ids, token.masked_fill(~alive, pad_id)), (mask, alive.long()), (entropies, entropy)):
+        token = token.masked_fill(~alive, pad_id)
+        for kept, new in ((ids, token), (mask, alive.long()), (entropies, entropy)):
             kept.index_copy_(1, t, new[:, None])
         alive.logical_and_((token[:, None] != ends).all(1))
 
@@ -616,6 +588,27 @@ def choose_mode(correct: Tensor) -> Tensor:
     return correct.amax(1) == 1
 
 
+def switch_modes(rule: str, correct: Tensor, rewards: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    """By a rule of Table 1b: which prompts explore, (P,) bool, and the weights of their targets, (P,).
+
+    `correct` and `rewards` are r_a and r, (P, K); `progress` is the share of the run that is done.
+    """
+    name, _, value = rule.partition(":")
+    everyone, explore = torch.ones(len(correct), dtype=torch.bool), choose_mode(correct)  # any-correct: Eq. 6
+    if name == "threshold":  # the whole batch explores once its average reward passes the threshold
+        explore = everyone & (rewards.mean() >= float(value))
+    elif name in ("anneal", "explore"):
+        explore = everyone
+    elif name == "memorize":
+        explore = ~everyone
+    weights = (~explore).float()
+    if name == "anneal":  # beside exploration, at every step, by a cosine from 1 to 0
+        weights = everyone * (1 + math.cos(math.pi * progress)) / 2
+    elif name == "budget":  # failures wait in a buffer, see `train_step`
+        weights = torch.zeros_like(weights)
+    return explore, weights
+
+
 @dataclass
 class Sequence:
     """A response to train on: a sampled one with its advantage, or a target, with advantage 1 (Eq. 4-5)."""
@@ -638,12 +631,11 @@ def exploration_sequences(ids: list[list[int]], advantages: Tensor, explore: Ten
             if explore[i // generations] and (a != 0 or keep_zeros)]
 
 
-def memorization_sequences(policy: Policy, examples: list[Example], explore: Tensor,
-                           weight: float) -> list[Sequence]:
-    """Ground-truth responses of the prompts that do not explore."""
-    chosen = [(p, e) for p, e in enumerate(examples) if not explore[p]]
+def memorization_sequences(policy: Policy, examples: list[Example], weights: list[float]) -> list[Sequence]:
+    """Ground-truth responses of the prompts whose target has a weight."""
     return [Sequence(p, target_ids(policy, PROMPT.format(question=e.question), bool(e.image),
-                                   reference_response(e)), weight, False) for p, e in chosen]
+                                   reference_response(e)), weight, False)
+            for p, (e, weight) in enumerate(zip(examples, weights, strict=True)) if weight]
 
 
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
@@ -747,6 +739,8 @@ class Trainer:
     scaler: torch.amp.GradScaler
     reference: torch.nn.Module | None = None  # frozen copy of the policy for the KL term
     score: Callable[..., Groups] = score
+    helper: Helper | None = None
+    buffer: list[Example] = field(default_factory=list)  # failures, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
     failures: int = 0  # steps in a row whose gradient was not finite
 
@@ -762,7 +756,8 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     if inputs is None:
         inputs = (encode_prompts(policy, examples[c.start:c.stop], cfg.max_new_tokens) for c in chunks)
     inputs = ({key: x.to(policy.device, non_blocking=True) for key, x in chunk.items()} for chunk in inputs)
-    explore, groups, advantages, sequences = torch.zeros(prompts, dtype=torch.bool), None, None, []
+    explore, targets = torch.zeros(prompts, dtype=torch.bool), torch.ones(prompts)
+    groups, advantages, sequences = None, None, []
     if method != "sft":  # which takes its many prompts as they come, to save memory
         stream, inputs = inputs, []
         gather(lambda: inputs.extend(stream))
@@ -772,21 +767,30 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
         clock[2] = time.perf_counter()
         groups = Groups.join(gather(lambda: trainer.score(
             policy, rolled, examples[own.start:own.stop], cfg.thinking_weight, cfg.format_weight)))
+        if trainer.helper:
+            groups, examples = supervise(trainer, groups, examples)
         advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
         if cfg.released_code:
             advantages[groups.correct.amin(1) == 1] = 0.0
-        explore = choose_mode(groups.correct) if method == "dyme" else ~explore  # Eq. 6
+        rule = cfg.switch if method == "dyme" else "explore"
+        explore, targets = switch_modes(rule, groups.correct, groups.rewards, step / cfg.steps)  # Eq. 6
         sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
         clock[3] = time.perf_counter()
-    weight = 1 / K if cfg.released_code and method == "dyme" else 1.0
-    sequences += memorization_sequences(policy, examples, explore, weight=weight / prompts)
+    targets /= prompts * (K if cfg.released_code and method == "dyme" else 1)
+    sequences += memorization_sequences(policy, examples, targets.tolist())
     metrics = {"step": step, "method": method, "lr": lr, "empty_steps": int(not sequences)}
     if sequences:
         totals = gather(lambda: accumulate_gradients(trainer, inputs, chunks, sequences, prompts))  # Eq. 7, 8
         metrics |= {key: sum(total[key] for total in totals) for key in totals[0]}
         metrics |= apply_gradients(trainer, metrics["loss"], lr)
     clock.append(time.perf_counter())
-    metrics |= step_metrics(groups, explore, sequences)
+    metrics |= step_metrics(groups, prompts, sequences)
+    if trainer.helper and method != "sft":
+        counts = gather(trainer.helper.take_counts)
+        metrics |= {key: sum(part[key] for part in counts) for key in counts[0]}
+    if cfg.switch.startswith("budget") and method == "dyme":
+        failed = [e for e, found in zip(examples, explore, strict=True) if not found]
+        metrics |= memorize_buffer(trainer, failed, step, lr)
     names = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     metrics |= {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
     metrics |= {"tokens_per_s": metrics["tokens"] / (clock[4] - clock[0]),
@@ -794,10 +798,42 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
     return metrics, {"step": step} | first_group(policy, examples[0], groups, advantages, sequences)
 
 
-def own_chunks(prompts: int, micro_batch: int) -> list[range]:
-    """This process's share of a step's prompts, cut into micro-batches."""
-    own = share(prompts)
-    return [range(i, min(i + micro_batch, own.stop)) for i in range(own.start, own.stop, micro_batch)]
+def supervise(trainer: Trainer, groups: Groups, examples: list[Example]) -> tuple[Groups, list[Example]]:
+    """Full DyME: the helper rates thinking, in place of r_t, and rewrites the traces of prompts that failed.
+
+    Only prompts that may explore are rated. Where the helper fails, r_t and trace stay those of Pure DyME.
+    """
+    cfg, helper, K, own = trainer.cfg, trainer.helper, trainer.cfg.generations, share(len(examples))
+    found, rule = choose_mode(groups.correct), cfg.switch.partition(":")[0]
+    rated = found if rule in ("any-correct", "budget") else torch.ones_like(found)
+    helper.map(helper.facts, [(examples[p],) for p in own])  # once per example, before many ask for them
+    if not cfg.no_checker and rule != "memorize":
+        pairs = [(examples[p], groups.texts[p * K + k]) for p in own if rated[p] for k in range(K)]
+        replies = iter(sum(gather(lambda: helper.map(helper.rate, pairs)), []))
+        thinking = groups.thinking.clone()
+        for p, k in itertools.product(rated.nonzero().flatten().tolist(), range(K)):
+            rating = next(replies)  # in this order, as every process rated its own share of the prompts
+            thinking[p, k] = thinking[p, k] if rating is None else rating
+            helper.remember(groups.texts[p * K + k], rating)
+        rewards = groups.rewards + cfg.thinking_weight * (thinking - groups.thinking)
+        groups = dataclasses.replace(groups, thinking=thinking, rewards=rewards)
+    if not cfg.no_refiner and rule != "explore":
+        failed = [(examples[p],) for p in own if not found[p]]
+        traces = iter(sum(gather(lambda: helper.map(helper.refine, failed)), []))
+        examples = [e if explores else dataclasses.replace(e, hint=next(traces))
+                    for e, explores in zip(examples, found, strict=True)]
+    return groups, examples
+
+
+def memorize_buffer(trainer: Trainer, failed: list[Example], step: int, lr: float) -> dict[str, Any]:
+    """`--switch budget:N`: keep prompts that failed; an SFT step on N of them once there are as many."""
+    size = int(trainer.cfg.switch.partition(":")[2])
+    trainer.buffer += failed
+    if len(trainer.buffer) < size:
+        return {}
+    batch, trainer.buffer = trainer.buffer[:size], trainer.buffer[size:]
+    metrics, _ = train_step(trainer, batch, step, "sft", lr)
+    return {"memorized": size / trainer.cfg.prompts, "target_length": metrics["target_length"]}
 
 
 def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], chunks: list[range],
@@ -839,23 +875,6 @@ def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, 
     return logprobs, mask, explore
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes, in one all-reduce.
-
-    No further averaging: the weights of the sequences hold the step's own denominators.
-    """
-    if not dist.is_initialized():
-        return
-    trained = [p for p in parameters if p.requires_grad]
-    used = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
-    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]
-    flat = torch.cat([used, *grads])
-    dist.all_reduce(flat)
-    used, *grads = flat.split([len(trained), *(p.numel() for p in trained)])
-    for p, anywhere, grad in zip(trained, used.tolist(), grads, strict=True):
-        p.grad = grad.view_as(p) if anywhere else None
-
-
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     """Clip the gradient to norm 1 and step; if loss or gradient is not finite, change nothing.
 
@@ -879,15 +898,10 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     return {"grad_norm": norm, "skipped_steps": int(not finite)}
 
 
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: the allocator's on CUDA, the process's elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else process_memory_gib()
-
-
-def step_metrics(groups: Groups | None, explore: Tensor, sequences: list[Sequence]) -> dict[str, Any]:
+def step_metrics(groups: Groups | None, prompts: int, sequences: list[Sequence]) -> dict[str, Any]:
     """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
     targets = [len(s.ids) for s in sequences if not s.explore]
-    metrics = {"memorized": 1 - explore.float().mean().item(), "tokens": sum(targets)}
+    metrics = {"memorized": len(targets) / prompts, "tokens": sum(targets)}
     metrics["target_length"] = sum(targets) / len(targets) if targets else None
     if groups:
         tokens = sum(map(len, groups.ids))
@@ -946,16 +960,19 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
     trainer.policy.model.save_pretrained(new)
     trainer.policy.processor.save_pretrained(new)
-    torch.save({"step": step, "failures": trainer.failures, "optimizer": trainer.optimizer.state_dict(),
-                "scaler": trainer.scaler.state_dict()}, new / "training_state.pt")
+    kept = {"buffer": [e.name for e in trainer.buffer],
+            "examples": [*trainer.helper.examples] if trainer.helper else []}
+    torch.save({"step": step, "failures": trainer.failures, "kept": kept,
+                "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict()},
+               new / "training_state.pt")
     if final.exists():
         final.rename(old)
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, trainer: Trainer) -> int:
-    """Restore optimiser and scaler, and return the step to go on with.
+def load_checkpoint(run: Path, trainer: Trainer, rows: list[Example]) -> int:
+    """Restore optimiser, scaler, buffer and example pool, and return the step to go on with.
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
@@ -963,7 +980,10 @@ def load_checkpoint(run: Path, trainer: Trainer) -> int:
     trainer.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"] and trainer.scaler.is_enabled():  # a run may go on with another precision
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.failures = state["failures"]
+    trainer.failures, by_name = state["failures"], {e.name: e for e in rows}
+    trainer.buffer = [by_name[name] for name in state["kept"]["buffer"]]
+    if trainer.helper:
+        trainer.helper.examples.extend(state["kept"]["examples"])
     return state["step"]
 
 
@@ -979,7 +999,10 @@ def make_trainer(cfg: Config, policy: Policy, base: str) -> Trainer:
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr,
                                   weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=cuda and half_precision() == torch.float16)
-    return Trainer(cfg, policy, optimizer, scaler, reference)
+    key = os.environ.get(cfg.helper_key_env, "")
+    helper = Helper(cfg.helper_url, cfg.helper_model, key, cfg.helper_concurrency,
+                    Path(cfg.out)) if cfg.helper_url else None
+    return Trainer(cfg, policy, optimizer, scaler, reference, helper=helper)
 
 
 def stage(cfg: Config, step: int) -> tuple[str, float]:
@@ -1031,14 +1054,6 @@ def feed(trainer: Trainer, rows: list[Example], steps: range) -> Iterator[dict[s
         pool.shutdown(cancel_futures=True)
 
 
-def load_rows(cfg: Config) -> tuple[list[Example], list[Example]]:
-    """Load training and held-out rows; where `--epochs` is given, it becomes `--steps`."""
-    rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
-                      for split in ("train", "val"))
-    cfg.steps = math.ceil(cfg.epochs * len(rows) / cfg.prompts) or cfg.steps
-    return rows, spread(held_out, cfg.eval_rows)
-
-
 def train(cfg: Config) -> None:
     """Carry out a run: load, evaluate, train, evaluate, and say where everything is."""
     device = select_device(cfg.device)
@@ -1051,7 +1066,9 @@ def train(cfg: Config) -> None:
     gather(lambda: is_main() and cfg.model == "tiny" and tiny_base(Path(base)))
     resumed = cfg.resume and (run / "checkpoint").exists()
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
-    step = load_checkpoint(run, trainer) if resumed else 0
+    if trainer.helper:
+        gather(trainer.helper.check_server)
+    step = load_checkpoint(run, trainer, rows) if resumed else 0
     gather(lambda: is_main() and begin_run(cfg, step, resumed))
     if is_main():
         print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
@@ -1117,21 +1134,9 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) ->
                f"answers in the format {summary['in_format']:.3f}")
 
 
-def report(cfg: Config, run: Path) -> None:
-    """Print three held-out answers with their thinking, accuracy before and after, and what to run next."""
-    for p in read_jsonl(run / f"held-out-{cfg.steps}.jsonl")[:3]:
-        verdict = "right" if p["strict"] else "wrong"
-        print(f"\n{p['question']} (answer {p['answer']}; this response is {verdict})")
-        print(textwrap.indent(p["response"], "    "))
-    before, *_, after = read_jsonl(run / "evaluations.jsonl")
-    print(f"\nheld-out accuracy: {before['strict']:.3f} before, {after['strict']:.3f} after {cfg.steps} "
-          f"steps of {cfg.mode} ({after['rows']} rows, greedy, only answers in the format count)")
-    print(f"everything is in {run}; next: python eval.py --model {shlex.quote(str(run))}")
-
-
 # ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
 
-TINY_RECIPE = dict(seed=0, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.005)
+TINY_RECIPE = dict(seed=1, steps=700, batch=64, lr=3e-3, warmup=50, flagged=0.005)
 
 
 def tiny_policy(seed: int) -> Policy:
