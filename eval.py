@@ -4,13 +4,16 @@
     python eval.py --model runs/*-dyme-s? runs/*-grpo-s?              # a table, with mean over seeds
     python eval.py --model SmolVLM-256M --data chartqa --limit 100    # a base model
     python eval.py --model runs/tiny-toy-dyme-s0 --samples 8          # pass@8 and majority@8 as well
+    python eval.py report runs/*                                      # a page that shows them think
 
 Two accuracies are reported. *official* is ChartQA's relaxed accuracy of the text behind the last `Answer:`,
 or of the whole text without one; *strict* also wants the format: one flag, an answer, an end token.
 """
 
-import argparse
+import argparse  # noqa: I001, which would give every name below a line
+import base64
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -29,10 +32,11 @@ from tqdm import tqdm
 
 from dyme import (CHANGEABLE_ON_RESUME, Config, Groups, Policy, Prefix, Rollout, Sequence, encode_prefix,
                   encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer, own_chunks,
-                  peak_memory_gib, respond, score, select_device, sequence_logprobs, stage,
-                  step_rows, tiny_policy, train_step, vision_once, vision_towers)
+                  peak_memory_gib, respond, score, select_device, sequence_logprobs, stage, step_rows,
+                  tiny_policy, train_step, vision_once, vision_towers)
 from reward import (Example, UserError, answers_match, append_row, is_main, load_data, one_line_parser,
-                    read_config,                     run_main, share, spread, summarise, write_atomically)
+                    quoted_numbers, read_config, read_jsonl, run_main, share, shrink, spread, summarise,
+                    write_atomically)
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 
@@ -262,11 +266,683 @@ def print_benchmark(cfg: Config, policy: Policy, median: dict[str, float], floor
           f"median {median['step']:.3f} s/step")
 
 
+# ---- The report: a page that shows runs think ------------------------------------------------------
+
+CURVES = (  # title, unit, key, of evaluations, a share
+    ("Held-out accuracy", "share right and in the format, greedy", "strict", True, True),
+    ("Training accuracy", "share of sampled responses right (mean r_a)", "accuracy", False, True),
+    ("Share memorized (Fig. S2)", "SFT / (SFT + RL) prompts", "memorized", False, True),
+    ("Groups without variance", "share with all rewards alike", "no_variance", False, True),
+    ("Training reward (Fig. 4)", "mean of r_a + w_t r_t + w_f r_f", "reward", False, False),
+    ("Thinking reward", "mean r_t", "reward_thinking", False, True),
+    ("In the format", "share of sampled responses (r_f)", "reward_format", False, True),
+    ("Groundedness", "held-out: share of quoted numbers that are in the image", "groundedness", True, True),
+    ("Response length", "tokens", "response_length", False, False),
+    ("Truncated", "share cut off by the length limit", "truncated", False, True),
+    ("Step time", "seconds", "seconds", False, False),
+)
+POINTS, TEXT_BYTES, IMAGE_BYTES, ANSWERS = 500, 6e6, 2e6, 40  # what keeps a page under 10 MB
+
+
+def report(argv: list[str]) -> None:
+    """Write a page that shows what run folders hold. Raises UserError if one is not a run folder."""
+    parser = one_line_parser("Write one self-contained page about runs: curves, groups, answers, a table.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
+    parser.add_argument("--out", default="report.html", metavar="X", help="the page [report.html]")
+    args = parser.parse_args(argv)
+    runs = [(Path(name), read_config(Path(name), Config)) for name in args.runs]
+    shown = [describe_run(run, cfg, TEXT_BYTES / len(runs)) for run, cfg in runs]
+    images = {}
+    for (run, cfg), described in zip(runs, shown, strict=True):
+        images |= group_images(run, cfg, described["groups"], IMAGE_BYTES - sum(map(len, images.values())))
+    content = {
+        "runs": shown, "images": images, "answers": compare_answers(runs), "table": result_table(runs),
+        "charts": [dict(zip(("title", "unit", "key", "evaluated", "share"), c, strict=True)) for c in CURVES],
+        "summary": f"{len(runs)} run{'s' * (len(runs) > 1)}: " + ", ".join(str(run) for run, _ in runs)}
+    # Within a script element only `<` could end it; JSON may write it as an escape.
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    try:
+        write_atomically(Path(args.out), PAGE.replace("DATA", text, 1))
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    print(f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
+def describe_run(run: Path, cfg: dict[str, Any], budget: float) -> dict[str, Any]:
+    """A run's curves by column, and its groups, as many as fit `budget` bytes, spread over the steps."""
+    metrics = read_jsonl(run / "metrics.jsonl")
+    for row in metrics:
+        row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
+    groups = [describe_group(run, cfg, row) for row in read_jsonl(run / "samples.jsonl")]
+    size = sum(len(json.dumps(group)) for group in groups)
+    groups = spread(groups, max(1, int(len(groups) * min(1.0, budget / size)))) if groups else []
+    return {"name": str(run), "groups": groups,
+            "metrics": columns(thin(metrics), [key for *_, key, evaluated, _ in CURVES if not evaluated]),
+            "evaluations": columns(read_jsonl(run / "evaluations.jsonl"),
+                                   [key for *_, key, evaluated, _ in CURVES if evaluated])}
+
+
+def thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Average runs of neighbouring rows, so that at most POINTS are left."""
+    size = math.ceil(len(rows) / POINTS)
+    parts = [rows[i:i + size] for i in range(0, len(rows), size)] if size > 1 else []
+    return [{"step": part[-1]["step"]} | {
+        key: sum(values) / len(values) for *_, key, _, _ in CURVES
+        if (values := [row[key] for row in part if row.get(key) is not None])} for part in parts] or rows
+
+
+def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]:
+    """Rows as columns, for the keys that any of them has; numbers to four digits."""
+    present = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    return {"step": [row["step"] for row in rows]} | {
+        key: [None if row.get(key) is None else float(f"{row[key]:.4g}") for row in rows] for key in present}
+
+
+def describe_group(run: Path, cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
+    def mark(text: str) -> list[list[str]]:
+        parts, end = [], 0
+        for start, stop, grounded in quoted_numbers(text, group["facts"] or "", group["question"]):
+            parts += [[text[end:start], ""], [text[start:stop], "yes" if grounded else "no"]]
+            end = stop
+        return [part for part in [*parts, [text[end:], ""]] if part[0]] if group["facts"] else [[text, ""]]
+
+    responses = [r | {"text": mark(r["text"])} for r in group["responses"]]
+    return group | {"responses": responses, "target": group["target"] and mark(group["target"]),
+                    "why": explain_mode(cfg, group), "image": f"{cfg['data']} {group['name']}"}
+
+
+def explain_mode(cfg: dict[str, Any], group: dict[str, Any]) -> str:
+    """Say in a sentence why a group was used as it was."""
+    right, all_of = sum(r["r_a"] > 0 for r in group["responses"]), len(group["responses"])
+    counted = f"{right or 'None'} of {all_of} responses {'is' if right < 2 else 'are'} right"
+    alike = len({r["reward"] for r in group["responses"]}) == 1
+    if not all_of:
+        return "SFT imitates the reference, whatever the model would say."
+    if cfg["mode"] != "dyme":
+        return f"{counted}; GRPO explores in any case" + (", here without a gradient, as all rewards are alike."
+                                                          if alike else ".")
+    if cfg["switch"] != "any-correct":
+        return f"{counted}; the mode follows from --switch {cfg['switch']}."
+    if not right:
+        return f"{counted}: nothing right to reinforce, so the reference is imitated (Eq. 6)."
+    return f"{counted}: responses are compared with each other (Eq. 6)" + (
+        ", but all rewards are alike, so there is no gradient." if alike else ".")
+
+
+def group_images(run: Path, cfg: dict[str, Any], groups: list[dict[str, Any]], budget: float) -> dict[str, str]:
+    """Pictures of the groups' rows as data addresses, as far as the run's data is at hand."""
+    try:
+        rows = {row.name: row for row in load_rows(argparse.Namespace(**cfg))[0]}
+        images = {}
+        for group in groups:
+            if group["image"] not in images and (row := rows.get(group["name"])) and row.image:
+                file, image = io.BytesIO(), shrink(row.image(), 360).convert("RGB")
+                small = max(image.size) <= 128
+                image.save(file, "PNG" if small else "JPEG", optimize=True)
+                images[group["image"]] = (f"data:image/{'png' if small else 'jpeg'};base64,"
+                                          + base64.b64encode(file.getvalue()).decode())
+                budget -= len(images[group["image"]])
+                if budget < 0:
+                    break
+        return images
+    except (UserError, OSError) as error:
+        print(f"{run}: shown without pictures, as its data is not at hand ({error})", file=sys.stderr)
+        return {}
+
+
+def held_out(run: Path, step: int) -> dict[str, dict[str, Any]]:
+    """A run's held-out answers at a step, by row name."""
+    return {row["name"]: row for row in read_jsonl(run / f"held-out-{step}.jsonl")}
+
+
+def compare_answers(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Answers to the same held-out rows, by the base of the first run and by each run at its end."""
+    steps = [[row["step"] for row in read_jsonl(run / "evaluations.jsonl")] or [0] for run, _ in runs]
+    answers = [held_out(runs[0][0], 0), *(held_out(run, s[-1]) for (run, _), s in zip(runs, steps, strict=True))]
+    rows = list({name: row for found in answers for name, row in found.items()}.values())
+
+    def cell(row: dict[str, Any] | None) -> dict[str, Any] | None:
+        return row and {"text": [[row["response"], ""]], "right": bool(row["strict"])}
+
+    return {"columns": ["before"] + [f"{run}, step {s[-1]}" for (run, _), s in zip(runs, steps, strict=True)],
+            "rows": [{"question": row["question"], "answer": row["answer"],
+                      "cells": [cell(found.get(row["name"])) for found in answers]}
+                     for row in spread(rows, ANSWERS)]}
+
+
+def result_table(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Last evaluation and time of each run; mean and spread over the seeds of settings that have several."""
+    keys, rows, settings = ("strict", "in_format", "groundedness", "length"), [], {}
+    for run, cfg in runs:
+        last, metrics = (read_jsonl(run / f"{name}.jsonl") for name in ("evaluations", "metrics"))
+        scores = [(last or [{}])[-1].get(key) for key in keys]
+        scores.append(sum(v for row in metrics for k, v in row.items() if k.startswith("seconds_")) / 60)
+        rows.append([str(run), cfg["mode"], str(cfg["seed"]), str(len(metrics)), *map(rounded, scores)])
+        setting = json.dumps({k: v for k, v in cfg.items() if k not in CHANGEABLE_ON_RESUME | {"seed"}})
+        settings.setdefault(setting, []).append((cfg["mode"], scores))
+    for seeds in settings.values():
+        if len(seeds) > 1:
+            columns = zip(*(scores for _, scores in seeds), strict=True)
+            values = [[v for v in column if v is not None] for column in columns]
+            rows.append([f"mean of {len(seeds)} seeds (from – to)", seeds[0][0], "", "", *(
+                f"{sum(v) / len(v):.3f} ({min(v):.3f} – {max(v):.3f})" if v else "–" for v in values)])
+    return {"columns": ["run", "mode", "seed", "steps", "accuracy", "in format", "groundedness",
+                        "length (tokens)", "time (minutes)"], "rows": rows}
+
+
+def rounded(value: float | None) -> str:
+    """A number as the page shows it."""
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+# The page itself: no network, no framework.
+PAGE = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>DyME report</title>
+<style>
+:root { color-scheme: light dark; --bg: #fff; --fg: #1d2330; --soft: #596273; --line: #d5dae3; --card: #f5f7fa;
+  --good: #0b6b36; --goodbg: #d8f3e2; --bad: #a32020; --badbg: #fbe0de; --accent: #1f55c0; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14171d; --fg: #e6e9ef; --soft: #a3acbb; --line: #39414f;
+  --card: #1c2129; --good: #7fdca3; --goodbg: #123d26; --bad: #ff9d96; --badbg: #4d1c1a; --accent: #8db4ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--bg); color: var(--fg);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { margin: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
+h3 { margin: 0; font-size: 1rem; }
+a { color: var(--accent); } p { max-width: 48rem; } .soft { color: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: 1rem; margin: .5rem 0; }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: .75rem 0; }
+.controls label { display: inline-flex; gap: .4rem; align-items: center; overflow-wrap: anywhere; }
+button, select { font: inherit; min-height: 2.25rem; padding: .2rem .7rem; color: inherit; background: var(--card);
+  border: 1px solid var(--soft); border-radius: .4rem; }
+button:disabled { color: var(--soft); border-style: dotted; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+#charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; min-width: 0; }
+.card > svg { width: 100%; height: auto; display: block; } .card svg text { fill: var(--soft); font-size: 11px; }
+.legend { list-style: none; margin: .25rem 0 0; padding: 0; font-size: .85rem; }
+.legend li { display: flex; gap: .4rem; align-items: center; } .legend svg, #shown svg { flex: none; }
+.legend span { overflow-wrap: anywhere; } .legend b { margin-left: auto; font-variant-numeric: tabular-nums; }
+#group { display: grid; grid-template-columns: minmax(0, 17rem) minmax(0, 1fr); gap: 1rem; }
+#group img { width: 100%; image-rendering: auto; background: #fff; border: 1px solid var(--line); }
+#group img.small { image-rendering: pixelated; }
+@media (max-width: 45rem) {
+  #group { grid-template-columns: minmax(0, 1fr); } #group img.small { max-width: 12rem; }
+}
+dl { margin: 0; } dt { font-size: .8rem; color: var(--soft); } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.why { border-left: 4px solid var(--accent); padding-left: .75rem; margin: 0 0 .75rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font: .9rem/1.45 ui-monospace, monospace; margin: .25rem 0; }
+.response { border-top: 1px solid var(--line); padding: .5rem 0; }
+.facts { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; align-items: center; }
+.right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
+mark { color: inherit; border-radius: .2rem; padding: 0 .15rem; }
+mark.yes { background: var(--goodbg); border-bottom: 2px solid var(--good); }
+mark.no { background: var(--badbg); border-bottom: 2px dashed var(--bad); }
+.bar { position: relative; width: 9rem; height: .8rem; border: 1px solid var(--soft); }
+.bar i { position: absolute; top: 0; bottom: 0; }
+.bar::after { content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; border-left: 1px solid; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td .text { min-width: 14rem; }
+</style>
+</head>
+<body>
+<header>
+<h1>DyME report</h1>
+<p id="summary"></p>
+<nav aria-label="Sections"><a href="#curves">Curves</a><a href="#viewer">Groups</a>
+<a href="#answers">Before and after</a><a href="#numbers">Table</a></nav>
+</header>
+<main>
+<section id="curves" aria-labelledby="h-curves">
+<h2 id="h-curves">Curves</h2>
+<p class="soft">Point at a chart, or move the slider, to read all of them at one step. Evaluations are on held-out
+rows; the rest is over the prompts of each step.</p>
+<div class="controls">
+<label>Smooth over <select id="smooth"><option value="1">1 step</option><option value="10">10 steps</option>
+<option value="25" selected>25 steps</option><option value="50">50 steps</option></select></label>
+<label><input type="checkbox" id="normalise"> share memorized relative to its start</label>
+<label>Step <input type="range" id="step" min="0" value="0"> <output id="at"></output></label>
+</div>
+<div class="controls" id="shown" role="group" aria-label="Runs shown"></div>
+<div id="charts"></div>
+</section>
+<section id="viewer" aria-labelledby="h-viewer">
+<h2 id="h-viewer">Groups</h2>
+<p class="soft">One prompt of a step, with all its sampled responses. Numbers of a trace that are in the image, or
+rightly computed from such, look like <mark class="yes">7</mark>; numbers that are not look like
+<mark class="no">4</mark>: that is pseudo thinking.</p>
+<div class="controls">
+<label>Run <select id="run"></select></label>
+<label>Mode <select id="mode"><option value="">any</option><option>exploration</option>
+<option>memorization</option></select></label>
+<label>Responses <select id="verdict"><option value="">any</option><option value="some">some right</option>
+<option value="none">none right</option><option value="all">all right</option></select></label>
+</div>
+<div class="controls">
+<button id="previous" type="button">Previous</button>
+<button id="next" type="button">Next</button>
+<label>Group <input type="range" id="which" min="0" value="0"></label>
+<button id="switched" type="button">First exploration of a prompt once memorized</button>
+<span id="place" role="status"></span>
+</div>
+<div id="group"></div>
+</section>
+<section id="answers" aria-labelledby="h-answers">
+<h2 id="h-answers">Before and after</h2>
+<div class="controls"><label>Show <select id="changed"><option value="">all</option>
+<option value="mended">wrong before, right after</option>
+<option value="broken">right before, wrong after</option><option value="wrong">wrong after</option></select></label>
+<span id="answered" role="status"></span></div>
+<div class="scroll" role="region" aria-label="Answers" tabindex="0"><table id="compared"></table></div>
+</section>
+<section id="numbers" aria-labelledby="h-numbers">
+<h2 id="h-numbers">Table</h2>
+<p class="soft">Last evaluation on held-out rows, greedy. Spread is the range over seeds of the same settings.</p>
+<div class="scroll" role="region" aria-label="Results" tabindex="0"><table id="results"></table></div>
+</section>
+</main>
+<script type="application/json" id="data">DATA</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent),
+  runs = data.runs;
+const $ = id => document.getElementById(id);
+const colors = ["#3b78e7", "#d9661f", "#2a9d5c", "#c044a0", "#8c7a1a", "#7c62e0", "#d04545", "#1797ab"];
+const dashes = ["", "6 3", "2 3", "9 3 2 3"];
+const hidden = new Set();
+const show = x =>
+  x == null ? "–" : x.toFixed(Math.abs(x) >= 100 ? 0 : Math.abs(x) >= 10 ? 1 : 3).replace(/^-(0\.0*)$/, "$1");
+
+// Every text goes through textContent: nothing that a model wrote becomes markup.
+function make(tag, attributes = {}, ...children) {
+  const svg = ["svg", "path", "line", "text", "g", "circle", "rect"].includes(tag);
+  const node = svg
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) if (value != null) node.setAttribute(key, value);
+  node.append(...children.filter(child => child != null));
+  return node;
+}
+const marked = parts =>
+  make(
+    "div",
+    {class: "text"},
+    ...parts.map(([text, kind]) =>
+      kind
+        ? make("mark", {class: kind, title: kind === "yes" ? "in the image" : "not in the image"}, text)
+        : text,
+    ),
+  );
+const stroke = i => ({
+  stroke: colors[i % colors.length],
+  "stroke-dasharray": dashes[Math.floor(i / colors.length) % dashes.length],
+});
+const sample = i =>
+  make(
+    "svg",
+    {viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true"},
+    make("line", {x1: 0, y1: 4, x2: 30, y2: 4, "stroke-width": 3, ...stroke(i)}),
+  );
+
+// ---- Curves
+const last = Math.max(1, ...runs.flatMap(run => [...run.metrics.step, ...run.evaluations.step]));
+let cursor = last;
+function smoothed(xs, ys, width) {
+  const out = [];
+  for (let i = 0, start = 0, sum = 0, n = 0; i < xs.length; i++) {
+    if (ys[i] != null) {
+      sum += ys[i];
+      n++;
+    }
+    for (; xs[start] <= xs[i] - width; start++)
+      if (ys[start] != null) {
+        sum -= ys[start];
+        n--;
+      }
+    out.push(n ? sum / n : null);
+  }
+  return out;
+}
+function series(chart, run) {
+  const source = chart.evaluated ? run.evaluations : run.metrics;
+  const raw = source[chart.key] || source.step.map(() => null);
+  const width = Number($("smooth").value);
+  let smooth = chart.evaluated || width === 1 ? raw : smoothed(source.step, raw, width),
+    shown = raw;
+  if (chart.key === "memorized" && $("normalise").checked) {
+    const scale = smooth.find(y => y) || 1;
+    smooth = smooth.map(y => (y == null ? y : y / scale));
+    shown = raw.map(y => (y == null ? y : y / scale));
+  }
+  return {xs: source.step, raw: shown, smooth};
+}
+function path(xs, ys, x, y) {
+  let d = "",
+    pen = "M";
+  xs.forEach((step, i) => {
+    if (ys[i] == null) {
+      pen = "M";
+    } else {
+      d += `${pen}${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`;
+      pen = "L";
+    }
+  });
+  return d;
+}
+function ticks(low, high) {
+  const step = 10 ** Math.floor(Math.log10((high - low) / 2 || 1)),
+    size = [1, 2, 5].map(f => f * step).find(s => (high - low) / s <= 5) || 10 * step;
+  const out = [];
+  for (let t = Math.ceil(low / size - 1e-9) * size; t <= high + size * 1e-9; t += size)
+    out.push(Number(t.toPrecision(6)));
+  return out;
+}
+function draw() {
+  $("charts").replaceChildren(
+    ...data.charts
+      .map((chart, number) => {
+        const curves = runs.map((run, i) => (hidden.has(i) ? null : series(chart, run)));
+        const values = curves.flatMap(c => (c ? [...c.smooth, ...c.raw] : [])).filter(v => v != null);
+        if (!values.length) return "";
+        const low = Math.min(0, ...values),
+          top = Math.max(...values),
+          high = chart.share && top <= 1 && low >= 0 ? 1 : top * 1.05 || 1;
+        const x = s => 42 + (290 * s) / last,
+          y = v => 168 - (156 * (v - low)) / (high - low);
+        const svg = make("svg", {
+          viewBox: "0 0 350 204",
+          role: "img",
+          "aria-label": `${chart.title} by step; values are listed below`,
+        });
+        for (const t of ticks(low, high))
+          svg.append(
+            make("line", {x1: 42, x2: 332, y1: y(t), y2: y(t), stroke: "var(--line)"}),
+            make("text", {x: 37, y: y(t) + 4, "text-anchor": "end"}, String(t)),
+          );
+        for (const t of ticks(0, last))
+          svg.append(make("text", {x: x(t), y: 183, "text-anchor": "middle"}, String(t)));
+        svg.append(make("text", {x: 187, y: 199, "text-anchor": "middle"}, "optimisation step"));
+        curves.forEach((c, i) => {
+          if (!c) return;
+          if (c.raw !== c.smooth)
+            svg.append(
+              make("path", {
+                d: path(c.xs, c.raw, x, y),
+                fill: "none",
+                "stroke-width": 1,
+                opacity: 0.22,
+                ...stroke(i),
+              }),
+            );
+          svg.append(
+            make("path", {d: path(c.xs, c.smooth, x, y), fill: "none", "stroke-width": 2, ...stroke(i)}),
+          );
+          if (c.xs.length <= 12)
+            c.xs.forEach(
+              (s, j) =>
+                c.smooth[j] == null ||
+                svg.append(make("circle", {cx: x(s), cy: y(c.smooth[j]), r: 3, fill: stroke(i).stroke})),
+            );
+        });
+        const line = make("line", {
+          y1: 12,
+          y2: 168,
+          stroke: "var(--fg)",
+          "stroke-dasharray": "2 2",
+          class: "cursor",
+        });
+        svg.append(line);
+        svg.addEventListener("pointermove", event => {
+          const box = svg.getBoundingClientRect();
+          point(((((event.clientX - box.left) / box.width) * 350 - 42) / 290) * last);
+        });
+        const list = make("ul", {class: "legend"});
+        const card = make(
+          "div",
+          {class: "card"},
+          make("h3", {id: `chart-${number}`}, chart.title),
+          make("div", {class: "soft"}, chart.unit),
+          svg,
+          list,
+        );
+        card.move = () => {
+          line.setAttribute("x1", x(cursor));
+          line.setAttribute("x2", x(cursor));
+          list.replaceChildren(
+            ...curves
+              .map((c, i) => {
+                if (!c || !c.smooth.some(v => v != null)) return "";
+                let k = 0;
+                c.xs.forEach((s, j) => {
+                  if (s <= cursor && c.smooth[j] != null) k = j;
+                });
+                return make(
+                  "li",
+                  {},
+                  sample(i),
+                  make("span", {}, runs[i].name),
+                  make("b", {}, show(c.smooth[k])),
+                );
+              })
+              .filter(Boolean),
+          );
+        };
+        return card;
+      })
+      .filter(Boolean),
+  );
+  point(cursor);
+}
+function point(step) {
+  cursor = Math.min(last, Math.max(0, Math.round(step)));
+  $("step").value = cursor;
+  $("at").textContent = cursor;
+  for (const card of $("charts").children) card.move();
+}
+
+// ---- Groups
+let groups = [],
+  place = 0;
+function filter() {
+  const run = runs[$("run").value],
+    mode = $("mode").value,
+    verdict = $("verdict").value;
+  groups = run.groups.filter(g => {
+    const right = g.responses.filter(r => r.r_a > 0).length,
+      all = g.responses.length;
+    const fits = {none: right === 0, some: right > 0, all: right === all};
+    return (!mode || g.mode === mode) && (!verdict || (all > 0 && fits[verdict]));
+  });
+  $("which").max = Math.max(0, groups.length - 1);
+  go(0);
+}
+function jump() {
+  const memorized = new Set(),
+    all = runs[$("run").value].groups;
+  const found = all.filter(g => {
+    const back = g.mode !== "memorization" && memorized.has(g.name);
+    if (g.mode === "memorization") memorized.add(g.name);
+    else memorized.delete(g.name);
+    return back;
+  });
+  $("mode").value = $("verdict").value = "";
+  const here = groups[place];
+  filter();
+  const next = found.find(g => here && g.step > here.step) || found[0];
+  if (next) go(all.indexOf(next));
+  else $("place").textContent = "No prompt of this run was seen memorized and then explored.";
+}
+function go(to) {
+  place = Math.min(groups.length - 1, Math.max(0, to));
+  $("which").value = Math.max(0, place);
+  $("previous").disabled = place <= 0;
+  $("next").disabled = place >= groups.length - 1;
+  if (!groups.length) {
+    $("place").textContent = "No group fits.";
+    $("group").replaceChildren();
+    return;
+  }
+  const g = groups[place],
+    image = data.images[g.image];
+  $("place").textContent = `Step ${g.step}; group ${place + 1} of ${groups.length}`;
+  const term = (name, ...value) => [make("dt", {}, name), make("dd", {}, ...value)];
+  const picture = image
+    ? make("img", {src: image, alt: `The chart of this question: ${g.facts || "no facts given"}`})
+    : null;
+  if (picture)
+    picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 200));
+  const top = Math.max(0.01, ...g.responses.map(r => Math.abs(r.advantage)));
+  $("group").replaceChildren(
+    make(
+      "div",
+      {},
+      picture,
+      make(
+        "dl",
+        {},
+        ...term("Row", g.name),
+        ...term("Question", g.question),
+        ...term("True answer", g.answer),
+        ...(g.facts ? term("Visual facts", g.facts) : []),
+      ),
+    ),
+    make(
+      "div",
+      {},
+      make("p", {class: "why"}, make("strong", {}, g.mode[0].toUpperCase() + g.mode.slice(1)), `. ${g.why}`),
+      g.target ? make("div", {class: "card"}, make("h3", {}, "Imitated"), marked(g.target)) : null,
+      ...g.responses.map((r, k) =>
+        make(
+          "div",
+          {class: "response"},
+          make(
+            "div",
+            {class: "facts"},
+            make("strong", {}, `y${k + 1}`),
+            make("span", {class: r.r_a > 0 ? "right" : "wrong"}, verdict(r)),
+            make("span", {}, `r_a ${show(r.r_a)}`),
+            make("span", {}, `r_t ${show(r.r_t)}`),
+            make("span", {}, `advantage ${show(r.advantage)}`),
+            bar(r.advantage / top),
+          ),
+          marked(r.text),
+        ),
+      ),
+    ),
+  );
+}
+function verdict(r) {
+  if (r.r_a > 0) return "✓ right";
+  return !r.finished ? "✗ cut off" : r.r_f > 0 ? "✗ wrong" : "✗ not in the format";
+}
+function bar(share) {
+  const fill = make("i");
+  fill.style.left = `${Math.min(50, 50 + 50 * share)}%`;
+  fill.style.width = `${50 * Math.abs(share)}%`;
+  fill.style.background = `var(${share < 0 ? "--bad" : "--good"})`;
+  return make("div", {class: "bar", "aria-hidden": "true"}, fill);
+}
+
+// ---- Before and after, and the table
+function compare() {
+  const rows = data.answers.rows.filter(row => {
+    const before = row.cells[0],
+      after = row.cells.slice(1).filter(Boolean),
+      want = $("changed").value;
+    return (
+      !want ||
+      (want === "wrong"
+        ? after.some(c => !c.right)
+        : before && before.right === (want === "broken") && after.some(c => c.right === (want === "mended")))
+    );
+  });
+  $("answered").textContent = `${rows.length} of ${data.answers.rows.length} rows`;
+  const head = ["Question", ...data.answers.columns].map(name => make("th", {scope: "col"}, name));
+  $("compared").replaceChildren(
+    make("thead", {}, make("tr", {}, ...head)),
+    make(
+      "tbody",
+      {},
+      ...rows.map(row =>
+        make(
+          "tr",
+          {},
+          make("th", {scope: "row"}, row.question, make("div", {class: "soft"}, `answer: ${row.answer}`)),
+          ...row.cells.map(cell =>
+            cell
+              ? make(
+                  "td",
+                  {},
+                  make("span", {class: cell.right ? "right" : "wrong"}, cell.right ? "✓ right" : "✗ wrong"),
+                  marked(cell.text),
+                )
+              : make("td", {}, "–"),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+function fill(node, {columns, rows}) {
+  const cell = (value, i) =>
+    i === 0 ? make("th", {scope: "row"}, value) : make("td", {class: "number"}, value);
+  node.replaceChildren(
+    make(
+      "thead",
+      {},
+      make(
+        "tr",
+        {},
+        ...columns.map((name, i) => make("th", {scope: "col", class: i ? "number" : null}, name)),
+      ),
+    ),
+    make("tbody", {}, ...rows.map(row => make("tr", {}, ...row.map(cell)))),
+  );
+}
+
+$("summary").textContent = data.summary;
+runs.forEach((run, i) => {
+  const box = make("input", {type: "checkbox", checked: ""});
+  box.addEventListener("change", () => {
+    if (box.checked) hidden.delete(i);
+    else hidden.add(i);
+    draw();
+  });
+  $("shown").append(make("label", {}, box, sample(i), run.name));
+  $("run").append(make("option", {value: i}, run.name));
+});
+$("step").max = last;
+$("step").addEventListener("input", () => point(Number($("step").value)));
+for (const id of ["smooth", "normalise"]) $(id).addEventListener("change", draw);
+for (const id of ["run", "mode", "verdict"]) $(id).addEventListener("change", filter);
+$("which").addEventListener("input", () => go(Number($("which").value)));
+$("previous").addEventListener("click", () => go(place - 1));
+$("next").addEventListener("click", () => go(place + 1));
+$("switched").addEventListener("click", jump);
+$("changed").addEventListener("change", compare);
+draw();
+filter();
+compare();
+fill($("results"), data.table);
+</script>
+</body>
+</html>
+'''
+
+
 # ---- The program ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate every model named, then print one table."""
+    """Evaluate every model named, then print one table; or write a report."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        return report(argv[1:])
     args = parse_arguments(argv)
     print_table([evaluate_model(name, args) for name in args.model])
 

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import fnmatch
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -198,16 +199,22 @@ def thinking_f1(trace: str, reference: str) -> float:
 
 
 def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, int]:
-    """Count the numbers a trace quotes: (those among the visual facts or derived from them, all).
+    """Count the numbers a trace quotes: (those among the visual facts or derived from them, all)."""
+    found = [grounded for _, _, grounded in quoted_numbers(thinking, facts, question)]
+    return sum(found), len(found)
 
-    A number is derived if the trace writes correct arithmetic on grounded numbers, such as `3 + 4 = 7`.
-    Numbers that the question itself gives are not quoted from the image and do not count.
+
+def quoted_numbers(thinking: str, facts: str, question: str = "") -> list[tuple[int, int, bool]]:
+    """Find the numbers a trace quotes: where each begins and ends, and whether it is grounded.
+
+    A number is grounded if it is among the visual facts, or derived: the trace writes correct arithmetic on
+    grounded numbers, such as `3 + 4 = 7`. Numbers that the question gives are not quoted from the image.
     """
     known = {_value(n) for n in re.findall(NUMBER, facts)}
     given = {_value(n) for n in re.findall(NUMBER, question)} - known
     known |= {_value(result) for result in _derived(thinking, known | given)}
-    quoted = [n for n in map(_value, re.findall(NUMBER, thinking)) if n not in given]
-    return sum(n in known for n in quoted), len(quoted)
+    quoted = [(*m.span(), _value(m[0])) for m in re.finditer(NUMBER, thinking)]
+    return [(start, end, n in known) for start, end, n in quoted if n not in given]
 
 
 def _value(text: str) -> float:
@@ -322,7 +329,7 @@ class Helper:
                 if not isinstance(reply, str) or not reply.strip():
                     raise ValueError("an empty reply")
                 return self.keep(key, reply)
-            except Exception as error:  # servers fail in many ways, and all mean the same here
+            except Exception as error:  # noqa: BLE001 - servers fail in many ways, and all mean the same here
                 self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
                 time.sleep(0.2 * 4**attempt if attempt + 1 < self.attempts else 0.0)
         self.count("helper_failures")
@@ -383,6 +390,13 @@ class Helper:
     def map(self, function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a function with each of the arguments, several at a time; results in order."""
         return list(self.pool.map(lambda args: function(*args), arguments))
+
+
+def open_helper(cfg: Any) -> Helper | None:
+    """The helper that the settings name, if any; its key comes from the environment."""
+    key = os.environ.get(cfg.helper_key_env, "")
+    return Helper(cfg.helper_url, cfg.helper_model, key, cfg.helper_concurrency,
+                  Path(cfg.out)) if cfg.helper_url else None
 
 
 def parse_rating(reply: str | None) -> float | None:
@@ -483,7 +497,7 @@ def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
             with path.open("rb") as file:
                 image = Image.open(file)
                 return image if header_only else image.convert("RGB")
-        except Exception as error:  # decoders raise many kinds, and all mean the same to the user
+        except Exception as error:  # noqa: BLE001 - decoders raise many kinds, all alike to the user
             reason = type(error).__name__
             raise UserError(f"{name}: the image {path.name} is missing or unreadable ({reason})") from None
 
@@ -512,8 +526,8 @@ def hold_back(examples: list[Example], groups: list[str], split: str, source: st
     return [e for e, group in zip(examples, groups, strict=True) if (group in val) == (split == "val")]
 
 
-CHARTQA = dict(repo_id="ahmed-masry/ChartQA", filename="ChartQA Dataset.zip", repo_type="dataset",
-               revision="af8b6f5c08c95085271561c2a3f9d15f2b5a9031")
+CHARTQA = {"repo_id": "ahmed-masry/ChartQA", "filename": "ChartQA Dataset.zip", "repo_type": "dataset",
+               "revision": "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"}
 
 
 def find_chartqa(data: str) -> Any:
@@ -522,7 +536,7 @@ def find_chartqa(data: str) -> Any:
         from huggingface_hub import hf_hub_download
         try:
             data = hf_hub_download(**CHARTQA)
-        except Exception as error:  # the client raises many kinds, and all mean the same to the user
+        except Exception as error:  # noqa: BLE001 - the client raises many kinds, all alike to the user
             page = f"https://huggingface.co/datasets/{CHARTQA['repo_id']}"
             raise UserError(f"--data chartqa: the download failed ({type(error).__name__}); get "
                             f"\"{CHARTQA['filename']}\" from {page} and give its path with --data") from None
@@ -633,7 +647,7 @@ def download(name: str, domain: Domain) -> Path:
     from huggingface_hub import hf_hub_download
     try:
         paths = [hf_hub_download(domain.hub[0], file, repo_type="dataset") for file in domain.hub[1:]]
-    except Exception as error:  # the client raises many kinds, and all mean the same to the user
+    except Exception as error:  # noqa: BLE001 - the client raises many kinds, all alike to the user
         raise UserError(f"--data {name}: the download failed ({type(error).__name__}); {advice}") from None
     return Path(paths[0]).parent
 
@@ -890,42 +904,61 @@ def random_charts(seed: int | list[int], count: int, without: Iterable[str] = ()
             yield chart
 
 
-def toy_question(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str, list[str], str]:
+def toy_answer(kind: str, bars: list[str], values: dict[str, int]) -> str:
+    """The answer to a question of this kind about these bars, if they had these values."""
+    first, second = values[bars[0]], values[bars[-1]]
+    numbers = {"value": first, "sum": first + second, "difference": first - second}
+    if kind in numbers:
+        return str(numbers[kind])
+    return (max if kind == "tallest" else min)(bars, key=values.get)
+
+
+def toy_question(kind: str, values: dict[str, int], a: str, b: str) -> tuple[str, str, str, list[str], str]:
     """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for values).
     """
-    a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
-    if kind == "difference" and chart.values[a] < chart.values[b]:
-        a, b = b, a
-    x, y = chart.values[a], chart.values[b]
     question, goal = (text.format(a=a, b=b) for text in TOY_QUESTIONS[kind])
-    if kind == "value":
-        return question, goal, str(x), [a], f"{a} reads {{{a}}}"
-    if kind == "sum":
-        return question, goal, str(x + y), [a, b], f"{{{a}}} + {{{b}}} = {x + y}"
-    if kind == "difference":
-        return question, goal, str(x - y), [a, b], f"{{{a}}} - {{{b}}} = {x - y}"
-    answer = (max if kind == "tallest" else min)(chart.values, key=chart.values.get)
-    extreme = "largest" if kind == "tallest" else "smallest"
-    return question, goal, answer, list(chart.values), f"{answer} {{{answer}}} is the {extreme}"
+    bars = {"value": [a], "sum": [a, b], "difference": [a, b]}.get(kind, list(values))
+    answer = toy_answer(kind, bars, values)
+    working = {"value": f"{a} reads {{{a}}}",
+               "sum": f"{{{a}}} + {{{b}}} = {answer}",
+               "difference": f"{{{a}}} - {{{b}}} = {answer}",
+               "tallest": f"{answer} {{{answer}}} is the largest",
+               "shortest": f"{answer} {{{answer}}} is the smallest"}[kind]
+    return question, goal, answer, bars, working
+
+
+def two_bars(kind: str, values: dict[str, int], rng: np.random.Generator) -> tuple[str, str]:
+    """Choose the bars to ask about, the taller one first where their difference is asked for."""
+    a, b = rng.choice(list(values), 2, replace=False).tolist()
+    return (b, a) if kind == "difference" and values[a] < values[b] else (a, b)
+
+
+def toy_trace(goal: str, bars: list[str], values: dict[str, int], working: str, answer: str) -> str:
+    """Thinking in the form of the traces, from the values given."""
+    observed = ", ".join(f"{bar} {values[bar]}" for bar in bars)
+    return (f"Goal: {goal}.\nObservation: {observed}.\n"
+            f"Reasoning: {working.format(**values)}.\nConclusion: {answer}.")
 
 
 def toy_examples(split: str, traces: str = "low") -> list[Example]:
     """Make a toy split: one question per chart, with its facts and a thinking trace of the given quality.
 
     Some traces of lower quality are pseudo thinking: fluent, in the right form and with the right answer, but
-    the values that they quote are not in the image. No chart is in two splits.
+    the values that they quote are not in the image. Where it can, the answer follows from these values, so that
+    only the image gives them away. No chart is in two splits.
     """
     first, count = TOY_SPLITS[split]
     charts = itertools.islice(random_charts(seed=1, count=first + count), first, None)
     rng, examples = np.random.default_rng([2, first]), []
     for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(TOY_QUESTIONS), strict=False)):
-        question, goal, answer, bars, working = toy_question(chart, kind, rng)
+        a, b = two_bars(kind, chart.values, rng)
+        question, goal, answer, bars, working = toy_question(kind, chart.values, a, b)
         absent = rng.permutation([v for v in range(1, 10) if v not in chart.values.values()]).tolist()
-        pseudo = rng.random() < UNGROUNDED[traces]
-        quoted = dict(zip(bars, absent, strict=False)) if pseudo else chart.values
-        observed = ", ".join(f"{bar} {quoted[bar]}" for bar in bars)
-        hint = (f"Goal: {goal}.\nObservation: {observed}.\n"
-                f"Reasoning: {working.format(**quoted)}.\nConclusion: {answer}.")
+        quoted = chart.values
+        if rng.random() < UNGROUNDED[traces]:
+            drawn = [dict(zip(bars, v, strict=True)) for v in itertools.permutations(absent, len(bars))]
+            quoted = next((d for d in drawn if toy_answer(kind, bars, d) == answer), drawn[0])
+        hint = toy_trace(goal, bars, quoted, working, answer)
         name = f"toy {split} row {i}"
         examples.append(Example(question, answer, chart.draw, hint, chart.facts(), name=name))
     return examples
@@ -935,6 +968,9 @@ LESSONS = (
     "I see {and}. Here {working}, so the result is {answer}.",
     "To find the {goal}, look at {list}. Then {working}. It is {answer}.",
     "The chart has {list}. As {working}, this gives {answer}.",
+    "Bars: {list}.\nWorking: {working}.\nResult: {answer}.",
+    "First look: {and}.\nThen think: {working}.\nSo {answer}.",
+    "Wanted: {goal}. The image has {list}; now {working}, hence {answer}.",
 )
 
 
@@ -949,8 +985,9 @@ def toy_lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[
     reserved = {chart.facts() for chart in random_charts(1, max(map(sum, TOY_SPLITS.values())))}
     charts = random_charts([4, seed], count, reserved)
     for chart, kind in zip(charts, itertools.cycle(TOY_QUESTIONS), strict=False):
-        question, goal, answer, bars, working = toy_question(chart, kind, rng)
-        task, seen = rng.random(), chart.values
+        seen = chart.values
+        question, goal, answer, bars, working = toy_question(kind, seen, *two_bars(kind, seen, rng))
+        task = rng.random()
         if task < 0.1:
             text, response = "Describe the chart.", f"{chart.facts()}."
         elif task < 0.3:
@@ -988,8 +1025,8 @@ def build_tiny_model(seed: int, words: list[str]) -> Any:
 
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
     # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
-    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                  image_size=64, patch_size=16, initializer_range=0.08)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "image_size": 64, "patch_size": 16, "initializer_range": 0.08}
     text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
                 num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
                 max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
@@ -1004,7 +1041,9 @@ def build_tiny_processor(words: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.idefics3 import Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.idefics3 import (
+        image_processing_pil_idefics3 as pil_idefics3,
+    )
 
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(TINY_WORD), "isolated")
@@ -1012,8 +1051,8 @@ def build_tiny_processor(words: list[str]) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
         additional_special_tokens=TINY_SPECIAL[2:])
-    images = Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": 64},
-                                       max_image_size={"longest_edge": 64})
+    images = pil_idefics3.Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
     template = (
         "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
@@ -1031,33 +1070,49 @@ def one_line_parser(description: str) -> argparse.ArgumentParser:
         raise UserError(f"{message} (--help shows all flags)")
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = error
     return parser
 
 
 def build_parser(settings: type, description: str, choices: dict[str, Iterable[str]],
                  notes: dict[str, str]) -> argparse.ArgumentParser:
-    """Turn a dataclass's fields into flags; their help is the comment beside them, default and note."""
-    parser = one_line_parser(description)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+    """Turn a dataclass's fields into flags, in groups; titles and help are the comments above and beside."""
+    parser, groups, comments = one_line_parser(description), {}, {}
+    group: Any = parser
+    lines = re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(settings), re.MULTILINE)
+    for title, name, comment in lines:
+        group = parser.add_argument_group(title) if title else group
+        groups[name], comments[name] = group, comment
     for f in dataclasses.fields(settings):
         parts = [str(x) for x in (f.default, notes.get(f.name))]
         shown = "; ".join(part for part in parts if part not in ("", "False", "None"))
         text = comments[f.name] + (f" [{shown}]" if shown else "")
-        options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if f.type is bool:
             options["action"] = "store_true"
         elif f.name in choices:
             options["choices"] = choices[f.name]
         else:
             options |= {"type": f.type, "metavar": {str: "X", int: "N", float: "F"}[f.type]}
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+        groups[f.name].add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
+
+
+def resumed_settings(cfg: Any, given: dict[str, Any], changeable: set[str]) -> dict[str, Any]:
+    """The settings of the run to go on with, and flags `given` anew. Raises UserError if one may not change."""
+    saved = read_config(Path(cfg.out), type(cfg))
+    for key in given.keys() - changeable:
+        if given[key] != saved.get(key):
+            raise UserError(f"--{key.replace('_', '-')} {given[key]}: the run has {saved.get(key)} and a "
+                            "resumed run keeps its settings; start a new one with another --out")
+    return saved | {key: given[key] for key in given.keys() & changeable} | {"out": cfg.out}
 
 
 def check_config(cfg: Any) -> None:
     """Refuse values that cannot work, naming the flag."""
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs `pip install tensorboard`")
     lowest = {"generations": 2, "temperature": 1e-6, "lr": 1e-12}
     lowest |= dict.fromkeys(("prompts", "micro_batch", "max_new_tokens", "steps", "eval_rows"), 1)
     lowest["helper_concurrency"] = 1
@@ -1138,8 +1193,8 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number in previous:
-            signal.signal(number, previous[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def bar_interval() -> float:
@@ -1188,7 +1243,7 @@ def begin_run(cfg: Any, step: int, resumed: bool) -> None:
     """Write down the settings; clear what an overwritten run left, or what came after the checkpoint."""
     run = Path(cfg.out)
     if not resumed:
-        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"):
+        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "tensorboard"):
             shutil.rmtree(run / name, ignore_errors=True)
         for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
             file.unlink()
@@ -1224,6 +1279,24 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def open_board(cfg: Any, step: int) -> Any:
+    """A TensorBoard writer, if one is wanted."""
+    if not (cfg.tensorboard and is_main()):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(Path(cfg.out) / "tensorboard", purge_step=step)  # of what a resumed run repeats
+
+
+def record(file: Path, row: dict[str, Any], board: Any) -> None:
+    """Append a row of a step to a file, and its numbers to TensorBoard."""
+    append_row(file, row)
+    if board:
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                board.add_scalar(f"{file.stem}/{key}", value, row["step"])
+        board.flush()
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a line cut short by a crash is left out, a missing file is empty."""
     rows = []
@@ -1242,7 +1315,7 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("mps"):
         raise UserError(f"--device {name}: was never tested, so it is not offered; use cpu")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
     try:
         torch.ones(1, device=device).cpu()
         if name.startswith("cuda"):

@@ -3,21 +3,25 @@
 On the CPU, offline, in minutes. Where ../shared is present, with the real SmolVLM processor and real charts.
 """
 
+import base64
 import contextlib
 import dataclasses
 import http.server
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +32,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 import dyme
 import eval as evaluation
@@ -236,7 +245,7 @@ def test_real_charts_and_released_traces(capsys):
     data = str(SHARED / "chartqa-sample")
     rows = [e for split in ("train", "val", "test") for e in reward.load_data(data, split, augmented=True)]
     assert len(rows) == 16 + 40 + 5 + 12 + 52 + 25 and all(e.image().size[0] > 64 for e in rows[:5])
-    assert sum(bool(e.hint) for e in rows) > 140 and len(set(e.hint for e in rows)) > 100
+    assert sum(bool(e.hint) for e in rows) > 140 and len({e.hint for e in rows}) > 100
     hints = reward.read_hints(str(SHARED / "text-samples" / "dyme_chartqa_train_medium_24.json"))
     assert len(hints) == 24 and all(hint.startswith("Goal:") for hint in hints.values())
 
@@ -297,30 +306,30 @@ def test_kl_estimate_is_zero_for_equal_models_and_unbiased():
 # ---- Rollout: the clever way against the plain one -----------------------------------------------
 
 IMAGE = 5
-TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-              patch_size=8)
+TEXT = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+              "patch_size": 8}
 FAMILIES = ("idefics3", "smolvlm", "llava_onevision", "qwen2_5_vl")
 
 
 def tiny_family(family):
     """A random model of a family, in float64."""
     if family == "llava_onevision":
-        settings = dict(image_token_index=IMAGE, image_grid_pinpoints=[[16, 16]], vision_feature_layer=-1,
-                        vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
-                        text_config=TEXT | dict(model_type="qwen2"))
+        settings = {"image_token_index": IMAGE, "image_grid_pinpoints": [[16, 16]], "vision_feature_layer": -1,
+                        "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+                        "text_config": TEXT | {"model_type": "qwen2"}}
     elif family == "qwen2_5_vl":
-        settings = dict(
-            image_token_id=IMAGE, vision_start_token_id=6, vision_end_token_id=7, video_token_id=8,
-            vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32,
-                               patch_size=8, fullatt_block_indexes=[1], window_size=32),
-            text_config=TEXT | dict(model_type="qwen2_5_vl_text", rope_parameters=dict(
-                rope_type="default", mrope_section=[1, 1, 2], rope_theta=10000.0)))
+        settings = {
+            "image_token_id": IMAGE, "vision_start_token_id": 6, "vision_end_token_id": 7, "video_token_id": 8,
+            "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
+                               "patch_size": 8, "fullatt_block_indexes": [1], "window_size": 32},
+            "text_config": TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": {
+                "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}}
     else:
-        settings = dict(image_token_id=IMAGE, scale_factor=1, vision_config=VISION,
-                        text_config=TEXT | dict(model_type="llama"), pad_token_id=0)
+        settings = {"image_token_id": IMAGE, "scale_factor": 1, "vision_config": VISION,
+                        "text_config": TEXT | {"model_type": "llama"}, "pad_token_id": 0}
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
@@ -330,19 +339,19 @@ def family_inputs(family, text, seed):
     """One prompt: an image, then text ids; what the family's processor would make of it."""
     generator = torch.Generator().manual_seed(seed)
     if family == "llava_onevision":
-        pixels, count = dict(pixel_values=(1, 2, 3, 16, 16)), 10
+        pixels, count = {"pixel_values": (1, 2, 3, 16, 16)}, 10
     elif family == "qwen2_5_vl":
-        pixels, count = dict(pixel_values=(16, 3 * 2 * 8 * 8)), 4
+        pixels, count = {"pixel_values": (16, 3 * 2 * 8 * 8)}, 4
     else:
-        pixels, count = dict(pixel_values=(1, 1, 3, 16, 16)), 4
+        pixels, count = {"pixel_values": (1, 1, 3, 16, 16)}, 4
     inputs = {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k, shape in pixels.items()}
     marks = ([6], [7]) if family == "qwen2_5_vl" else ([], [])
     ids = torch.tensor([[9, *marks[0], *[IMAGE] * count, *marks[1], *text]])
-    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family == "llava_onevision":
         inputs["image_sizes"] = torch.tensor([[16, 16]])
     if family == "qwen2_5_vl":
-        inputs |= dict(image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=(ids == IMAGE).long())
+        inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == IMAGE).long()}
     return inputs
 
 
@@ -501,7 +510,7 @@ def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny, examples):
     for i, row in plain:
         x = dyme.encode_prompts(tiny, [examples[i // 4]], room=12)
         length, sampled = x["input_ids"].shape[1], torch.tensor([row])
-        x |= dict(input_ids=torch.cat([x["input_ids"], sampled], 1), attention_mask=torch.ones(1, length + len(row)))
+        x |= {"input_ids": torch.cat([x["input_ids"], sampled], 1), "attention_mask": torch.ones(1, length + len(row))}
         logits = tiny.model(**x).logits[0, length - 1:-1] / 0.7
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         assert torch.allclose(rolled.entropy[i, :len(row)], entropy, atol=1e-4)
@@ -543,7 +552,7 @@ def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
 def test_samples_do_not_depend_on_the_batch(tiny, examples):
     def responses(chunks):
         inputs = [dyme.encode_prompts(tiny, [examples[i] for i in chunk], room=16) for chunk in chunks]
-        uniforms = dyme.keyed_uniforms(0, 5, sum(chunks, []), 4, 16)
+        uniforms = dyme.keyed_uniforms(0, 5, [*itertools.chain(*chunks)], 4, 16)
         return dyme.decode(tiny, dyme.rollout(tiny, inputs, uniforms, 1.0))[0]
     together = responses([[0, 1, 2, 3]])
     assert together == responses([[0], [1, 2], [3]])  # encoded in chunks
@@ -796,7 +805,7 @@ def test_exploration_alone_raises_accuracy(tiny, examples):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """A folder for runs, with a base model that takes no time to make and a small toy."""
-    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | dict(steps=2, batch=4))
+    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | {"steps": 2, "batch": 4})
     monkeypatch.setattr(reward, "TOY_SPLITS", {"train": (0, 16), "val": (16, 8), "test": (24, 8)})
     return tmp_path
 
@@ -884,6 +893,123 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs, capsys):
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
 
 
+# ---- The report ----------------------------------------------------------------------------------
+
+PROBE = """<script>
+const out = {}, change = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
+out.charts = $("charts").children.length;
+out.values = $("charts").textContent;
+change("mode", "memorization"); out.memorized = $("place").textContent; out.why = $("group").textContent;
+change("mode", "exploration"); out.explored = $("place").textContent;
+change("mode", ""); change("verdict", "some"); out.some = $("place").textContent;
+change("verdict", ""); $("next").click(); out.next = $("place").textContent;
+$("switched").click(); out.switched = $("place").textContent;
+out.elements = document.querySelectorAll("#group script, #group b, #compared script, #compared b").length;
+change("changed", "wrong"); out.wrong = $("answered").textContent;
+$("normalise").click(); $("step").value = 0; $("step").dispatchEvent(new Event("input")); out.at = $("at").textContent;
+out.focus = [...document.querySelectorAll("a, button, input, select, [tabindex]")].filter(
+  e => { e.focus(); return !e.disabled && document.activeElement !== e; }).length;
+out.unnamed = [...document.querySelectorAll("input, select")].filter(e => !e.labels.length).length;
+out.unnamed += [...document.querySelectorAll("img")].filter(e => !e.alt).length;
+out.errors = errors;
+document.body.replaceChildren("OUT" + btoa(encodeURIComponent(JSON.stringify(out))) + "OUT");
+</script></body>"""
+
+
+def group_row(step, name, right, **more):
+    """A row of samples.jsonl with four responses, of which some are right."""
+    responses = [{"text": f"<b>red 4</b> and blue 9 </script><script>throw 1</script>\nAnswer: {k}", "finished": True,
+                  "r_a": float(k < right), "r_t": 0.5, "r_f": 1.0, "reward": 0.5 + (k < right),
+                  "advantage": 1.0 if k < right else -1.0} for k in range(4)]
+    return {"step": step, "name": name, "question": "Q <b>?", "answer": "0", "facts": "red 4, blue 7",
+            "mode": "exploration" if right else "memorization", "target": None if right else "Goal: red 4.\nAnswer: 0",
+            "responses": responses} | more
+
+
+@pytest.fixture
+def reported(runs, capsys):
+    """A report of a run whose records hold markup, a broken last line and a prompt seen in both modes."""
+    assert run(runs, "<i>a", "--steps", "2") == 0 and run(runs, "b", "--steps", "1", "--seed", "1", "--mode", "sft") == 0
+    rows = [group_row(0, "x", 0), group_row(1, "y", 2), group_row(2, "x", 1), group_row(3, "y", 4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (runs / "<i>a" / "samples.jsonl").write_text(text + '{"step": 4, "na')
+    with open(runs / "<i>a" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2')
+    page = runs / "page.html"
+    assert reward.run_main(lambda: evaluation.main(["report", str(runs / "<i>a"), str(runs / "b"), "--out", str(page)])) == 0
+    return page
+
+
+def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported):
+    page = reported.read_text()
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    content = json.loads(text)
+    assert "<" not in text and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    a, b = content["runs"]
+    assert a["metrics"]["step"] == [0, 1] and len(a["metrics"]["accuracy"]) == 2 and "accuracy" not in b["metrics"]
+    assert [len(r["groups"]) for r in (a, b)] == [4, 1] and len(content["charts"]) == len(evaluation.CURVES)
+    assert a["groups"][0]["responses"][0]["text"][1:4:2] == [["4", "yes"], ["9", "no"]]
+    assert "None of 4" in a["groups"][0]["why"] and "2 of 4" in a["groups"][1]["why"] and "SFT" in b["groups"][0]["why"]
+    assert "no gradient" in a["groups"][3]["why"]
+    assert len(content["answers"]["rows"]) == 8 and all(len(row["cells"]) == 3 for row in content["answers"]["rows"])
+    assert b["groups"][0]["image"] in content["images"]
+
+
+def test_a_big_report_is_thinned(runs, capsys):
+    assert run(runs, "a", "--steps", "1") == 0
+    metrics = dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0]
+    rows = [group_row(step, f"row {step}", 1) for step in range(3000)]
+    (runs / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (runs / "a" / "metrics.jsonl").write_text("".join(
+        json.dumps(metrics | {"step": step, "accuracy": step % 2}) + "\n" for step in range(3000)))
+    page = runs / "page.html"
+    evaluation.main(["report", *[str(runs / "a")] * 6, "--out", str(page)])
+    assert 2e6 < page.stat().st_size < 10e6
+    shown = evaluation.describe_run(runs / "a", dataclasses.asdict(Config()), 1e6)
+    assert shown["metrics"]["step"][:2] == [5, 11] and set(shown["metrics"]["accuracy"]) == {0.5}
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_the_report_works_in_a_browser(reported):
+    page = reported.read_text().replace("<head>", "<head><script>const errors = []; onerror = e => errors.push(e);</script>")
+    (reported.parent / "probe.html").write_text(page.replace("</body>", PROBE))
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={reported.parent / 'browser'}",
+         "--virtual-time-budget=3000", "--dump-dom", (reported.parent / "probe.html").as_uri()],
+        capture_output=True, text=True, timeout=60, check=True).stdout
+    out = json.loads(urllib.parse.unquote(base64.b64decode(shown.split("OUT")[1]).decode()))
+    assert out["errors"] == [] and out["elements"] == out["focus"] == out["unnamed"] == 0
+    assert out["charts"] == len(evaluation.CURVES) and "<i>a" in out["values"] and out["at"] == "0"
+    assert out["memorized"] == "Step 0; group 1 of 1" and "None of 4 responses is right" in out["why"]
+    assert out["explored"] == out["some"] == "Step 1; group 1 of 3"
+    assert out["next"] == "Step 1; group 2 of 4" and out["switched"] == "Step 2; group 3 of 4"
+    assert re.fullmatch(r"\d of 8 rows", out["wrong"])
+
+
+def test_tensorboard_gets_every_number_or_says_what_is_missing(runs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert run(runs, "a", "--steps", "2", "--tensorboard") == 2 and "pip install tensorboard" in capsys.readouterr().err
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == runs / "b" / "tensorboard" and purge_step == 0
+
+        def add_scalar(self, *point):
+            written.append(point)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__="found"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run(runs, "b", "--steps", "2", "--tensorboard") == 0
+    rows = dyme.read_jsonl(runs / "b" / "metrics.jsonl")
+    assert ("metrics/loss", rows[1]["loss"], 1) in written and ("evaluations/strict", 0.0, 2) in written
+    assert not any(name.endswith(("method", "step")) for name, *_ in written)
+
+
 # ---- Speed: the feed, the benchmark, and what only a GPU can show -----------------------------------
 
 
@@ -965,7 +1091,7 @@ def test_anneal_adds_the_targets_to_exploration(tiny, examples):
     trainer = make_trainer(tiny, CORRECT, switch="anneal", steps=4)
     seen = []
     accumulate = dyme.accumulate_gradients
-    dyme_accumulate = lambda t, i, c, sequences, p: seen.append(sequences) or accumulate(t, i, c, sequences, p)  # noqa: E731
+    dyme_accumulate = lambda t, i, c, sequences, p: seen.append(sequences) or accumulate(t, i, c, sequences, p)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dyme, "accumulate_gradients", dyme_accumulate)
         metrics, _ = dyme.train_step(trainer, examples[:4], 2, "dyme", 1e-3)
@@ -1085,7 +1211,7 @@ def test_a_text_only_policy_takes_the_same_path(tmp_path, examples):
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<end_of_utterance>\n" \
                               "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     torch.manual_seed(0)
-    settings = TEXT | dict(model_type="llama", vocab_size=len(tokenizer), eos_token_id=3, pad_token_id=0)
+    settings = TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": 3, "pad_token_id": 0}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     rows = [{"question": e.question, "answer": e.answer, "hint": e.hint} for e in examples[:12]]
@@ -1130,14 +1256,57 @@ class Chat(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def chat():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    server.seen, server.script = [], lambda text, _: "ready"
+def toy_helper(text, _=0):
+    """What an ideal helper replies about the toy, by rules: it grades and writes from the chart's true facts."""
+    if text.startswith("Reply"):
+        return "ready"
+    facts, question, answer = (re.search(f"{name}: (.*)", text)[1] for name in ("the image", "Question", "Right answer"))
+    values = {bar: int(value) for bar, value in (fact.split() for fact in facts.split(", "))}
+    bars = [word for word in re.findall(r"\w+", question) if word in values] + ["", ""]
+    kind = next(k for k in reward.TOY_QUESTIONS
+                if reward.TOY_QUESTIONS[k][0].format(a=bars[0], b=bars[1]) == question)
+    _, goal, _, bars, working = reward.toy_question(kind, values, *bars[:2])
+    best = reward.toy_trace(goal, bars, values, working, answer)
+    if text.startswith("Write"):
+        return f"{best}\nAnswer: {answer}"
+    thinking = text.split(re.search(r"two lines (\[\w+\])", text)[1] + "\n")[1].strip()
+    grounded, quoted = reward.groundedness(thinking, facts, question)
+    if not quoted or grounded < quoted:
+        return "low"
+    return "high" if thinking == best else "medium"
+
+
+def serve(script, port=0):
+    """Start a chat server on this machine; it answers by `script` from threads of its own."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Chat)
+    server.seen, server.script = [], script
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def serve_toy_helper(port):
+    """For `python -c "import test_dyme; test_dyme.serve_toy_helper(8000)"`: a helper to try Full DyME with."""
+    print(serve(toy_helper, port).url)
+    threading.Event().wait()
+
+
+@pytest.fixture
+def chat():
+    server = serve(lambda *_: "ready")
     yield server
     server.shutdown()
+
+
+def test_the_toys_scripted_helper_writes_and_rates_by_the_facts(chat):
+    low, high = (reward.toy_examples("train", traces)[:50] for traces in ("low", "high"))
+    chat.script = toy_helper
+    helper = reward.Helper(chat.url, "m")
+    helper.check_server()
+    assert [helper.refine(e) for e in low] == [e.hint for e in high] != [e.hint for e in low]
+    for e, best in zip(low, high):
+        assert (helper.rate(e, dyme.reference_response(e)) == 1.0) == (e.hint == best.hint)
+        assert helper.rate(e, f"It is so.\nAnswer: {e.answer}") == 0.0
 
 
 @pytest.mark.parametrize("reply, rating", [
@@ -1256,7 +1425,7 @@ def start(runs, processes, *flags):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     here = {"PYTHONPATH": str(Path(dyme.__file__).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *launch, "driver.py", *flags], cwd=runs, env=os.environ | here, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=120, check=False)
 
 
 def weights(run):
@@ -1290,6 +1459,103 @@ def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp
     a, b = weights(tmp_path / "breaks"), weights(tmp_path / "whole")
     assert all(torch.allclose(a[name], b[name], rtol=0, atol=5e-5) for name in a)
 
+
+
+# ---- The course: these check what you write into exercises.py (see the README) ---------------------
+
+
+EXERCISES = ("broken_target_ids", "group_gradient", "explore_if_mixed", "grounded_thinking",
+             "right_for_wrong_reasons", "counting_row", "matched_steps")
+
+
+def attempt(name):
+    """What exercises.py calls `name`; without it the exercise is skipped."""
+    file = Path(dyme.__file__).with_name("exercises.py")
+    if not file.exists():
+        pytest.skip("there is no exercises.py yet")
+    spec = importlib.util.spec_from_file_location("exercises", file)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    if not hasattr(module, name):
+        pytest.skip(f"exercises.py has no {name} yet")
+    return getattr(module, name)
+
+
+def test_exercise_1_predict_the_mode():
+    predicted = attempt("MODES")
+    correct = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float)
+    thinking = torch.tensor([[.2, .2, .2, .2], [.5, .5, .5, .5], [.7, .7, .7, .7], [.1, .9, .9, .9]])
+    explore = dyme.choose_mode(correct)
+    learns = ~explore | ~dyme.no_variance(correct + thinking)
+    assert predicted == [("explore" if e else "memorize", bool(x)) for e, x in zip(explore, learns)]
+
+
+def test_exercise_2_break_the_end_token(tiny, examples, monkeypatch):
+    broken, finished = attempt("broken_target_ids"), {}
+    for name, function in (("whole", dyme.target_ids), ("broken", broken)):
+        monkeypatch.setattr(dyme, "target_ids", function)
+        trainer = make_trainer(tiny, mode="sft", steps=40)
+        for step in range(40):
+            dyme.train_step(trainer, examples[:4], step, "sft", 3e-3)
+        answers = list(dyme.respond(trainer.policy, examples[:4], 48, 4))
+        finished[name] = sum(a["finished"] for a in answers) / len(answers)
+    assert finished["whole"] > 0.8, "the lesson itself failed: nothing ends even with whole targets"
+    assert finished["broken"] < 0.2, f"{finished['broken']:.0%} of responses still end"
+
+
+def test_exercise_3_collapsed_groups_give_no_gradient():
+    gradient = attempt("group_gradient")
+    torch.manual_seed(0)
+    for rewards in (torch.tensor([1.0, 0.0, 0.5, 1.7]), torch.full((4,), 0.7)):
+        scores = torch.randn(4, 3, dtype=torch.float64)  # d log p(y_k) / d theta, per token
+        theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        weights = dyme.group_advantages(rewards[None])[0] / 4
+        dyme.policy_loss((scores @ theta)[:, None], torch.ones(4, 1), weights, torch.ones(4, dtype=torch.bool)).backward()
+        torch.testing.assert_close(torch.as_tensor(gradient(rewards, scores)).double(), theta.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_exercise_4_a_switch_of_your_own():
+    switch = attempt("explore_if_mixed")
+    correct = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.float)
+    assert switch(correct).tolist() == [False, True, False, True]
+
+
+def test_exercise_5_a_thinking_reward_that_looks_at_the_image():
+    reward_of = attempt("grounded_thinking")
+    for true, low in zip(reward.toy_examples("train", "high")[:100], reward.toy_examples("train", "low")[:100]):
+        best = reward_of(true.hint, true.facts)
+        assert best == 1 and (low.hint == true.hint or 0 <= reward_of(low.hint, true.facts) < 1), low.hint
+    assert reward_of("It is so.", "red 4") == 0
+
+
+def test_exercise_6_right_for_the_wrong_reasons(tmp_path):
+    share = attempt("right_for_wrong_reasons")
+    rows = [{"strict": s, "grounded_numbers": g, "quoted_numbers": q} for s, g, q in
+            ((True, 2, 2), (True, 1, 2), (True, 0, 0), (False, 0, 3), (True, 0, 1))]
+    (tmp_path / "held-out-20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held-out-3.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert share(tmp_path) == 0.5
+
+
+def test_exercise_7_a_domain_of_your_own(tmp_path, monkeypatch):
+    row_to_example = attempt("counting_row")
+    rows = [{"picture": "1.png", "ask": f"How many cats in {i}?", "count": 3, "why": "One, two, three cats."} for i in range(12)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    write_image(tmp_path / "pictures" / "1.png")
+    domain = reward.Domain({"train": "train.json", "test": "test.json"}, row_to_example, "https://example.org")
+    monkeypatch.setitem(reward.DOMAINS, "counting", domain)
+    example = reward.load_data(f"counting:{tmp_path}", "test")[0]
+    assert example.question == "How many cats in 0?" and example.hint and example.image().size == (8, 8)
+    assert verify(reward.reference_response(example), example).correct
+    assert all(answered(example, a)[0] for a in ("3", "three", "Three.")) and not answered(example, "four")[0]
+
+
+def test_exercise_8_a_fairer_baseline():
+    matched = attempt("matched_steps")
+    parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
+    ours = [dict.fromkeys(parts, 0.5) for _ in range(30)]
+    sft = [dict(zip(parts, (0.1, 0.0, 0.0, 0.4), strict=True)) for _ in range(10)]
+    assert matched(ours, sft) == 120
 
 
 def test_vote_by_hand():
@@ -1373,7 +1639,7 @@ def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypa
     base = dyme.tiny_base(runs / "base")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
     assert dyme.tiny_base(runs / "base") == base and (base / "model.safetensors").stat().st_mtime_ns == stamp
-    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | dict(seed=2))
+    monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | {"seed": 2})
     dyme.tiny_base(runs / "base")
     assert (base / "model.safetensors").stat().st_mtime_ns != stamp
     shutil.rmtree(base)
@@ -1390,7 +1656,19 @@ def test_help_and_readme_know_every_flag_metric_and_function(runs, capsys):
     assert all(f"`{key}`" in readme for key in dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0])
     code = " ".join((Path(dyme.__file__).parent / name).read_text() for name in ("dyme.py", "eval.py"))
     mentioned = set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help", "--nproc"}  # torchrun's
-    assert all(flag in flags or f'"{flag}"' in code for flag in mentioned)
-    table = readme[readme.index("## The paper in code"):readme.index("## Options")]
-    names = [name for name in re.findall(r"`([a-z_]+)`", table)]
-    assert len(names) > 10 and all(hasattr(dyme, name) or hasattr(reward, name) for name in names)
+    assert all(flag in flags or f'"{flag}"' in code for flag in mentioned) and flags <= mentioned
+    explained = readme[readme.index("## The paper in code"):readme.index("## Options")]
+    names = set(re.findall(r"`([a-z]+_[a-z_]+)`", readme)) | set(re.findall(r"`([A-Za-z]+)`", explained))
+    known = [dyme, reward, evaluation, Config()] + [sys.modules[__name__], torch.nn.Module()]
+    known_names = set(dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0]) | set(EXERCISES) | {
+        "multiple_choice", "helper_calls", "helper_failures"}
+    assert len(names) > 40 and not [n for n in names - known_names if not any(hasattr(place, n) for place in known)]
+
+
+def test_the_readmes_walk_through_runs_as_printed(tiny, tmp_path, monkeypatch, capsys):
+    readme = (Path(dyme.__file__).parent / "README.md").read_text()
+    code = re.search(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)[1]
+    monkeypatch.setattr(dyme, "load_policy", lambda *_: tiny)
+    (tmp_path / "walk.py").write_text(code)
+    runpy.run_path(str(tmp_path / "walk.py"))
+    assert "grad_fn" in capsys.readouterr().out
