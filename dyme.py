@@ -811,7 +811,6 @@ def supervise(trainer: Trainer, groups: Groups, examples: list[Example]) -> tupl
     cfg, helper, K, own = trainer.cfg, trainer.helper, trainer.cfg.generations, share(len(examples))
     found, rule = choose_mode(groups.correct), cfg.switch.partition(":")[0]
     rated = found if rule in ("any-correct", "budget") else torch.ones_like(found)
-    helper.map(helper.facts, [(examples[p],) for p in own])  # once per example, before many ask for them
     if not cfg.no_checker and rule != "memorize":
         pairs = [(examples[p], groups.texts[p * K + k]) for p in own if rated[p] for k in range(K)]
         replies = itertools.chain(*gather(lambda: helper.map(helper.rate, pairs)))
@@ -948,8 +947,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
                       disable=None if len(examples) > batch and is_main() else True):
         part = examples[start:start + batch]
         inputs = encode_prompts(policy, part, max_new_tokens)
-        places = range(start, start + len(part))
-        uniforms = keyed_uniforms(seed, 0, places, samples or 1, max_new_tokens)
+        uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), samples or 1, max_new_tokens)
         rolled = rollout(policy, [inputs], uniforms, temperature if samples else 0.0)
         for i, (ids, text, finished) in enumerate(zip(*decode(policy, rolled), strict=True)):
             yield judge(part[i // (samples or 1)], text, finished) | {"length": len(ids)}
@@ -1041,6 +1039,8 @@ def feed(trainer: Trainer, rows: list[Example], steps: range) -> Iterator[dict[s
         local.policy = dataclasses.replace(policy, processor=processors.pop())
 
     def encode(part: list[Example]) -> dict[str, Tensor]:
+        if trainer.helper:  # the visual facts too are fetched while the step before runs, once per example
+            trainer.helper.map(trainer.helper.facts, [(e,) for e in part])
         return encode_prompts(local.policy, part, cfg.max_new_tokens)
 
     waiting: collections.deque[Future] = collections.deque()

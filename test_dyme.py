@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.parse
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1015,8 +1016,10 @@ def test_tensorboard_gets_every_number_or_says_what_is_missing(runs, monkeypatch
 
 def test_the_feed_gives_what_each_step_needs_in_order(tiny, examples):
     trainer = make_trainer(tiny, micro_batch=3)
-    trainer.cfg.steps = 3
+    trainer.cfg.steps, asked = 3, []
+    trainer.helper = SimpleNamespace(map=lambda f, rows: [f(*row) for row in rows], facts=asked.append)
     chunks = list(dyme.feed(trainer, examples[:10], range(1, 3)))
+    assert {e.name for e in asked} == {examples[i].name for step in (1, 2) for i in dyme.step_rows(trainer.cfg, step, 10)}
     assert [len(x["input_ids"]) for x in chunks] == [3, 1, 3, 1]
     rows = dyme.step_rows(trainer.cfg, 2, 10)
     expected = dyme.encode_prompts(tiny, [examples[i] for i in rows[:3]], room=0)
@@ -1366,18 +1369,19 @@ def test_full_dyme_rates_explorers_and_refines_failures_only(tiny, examples, cha
     def script(text, _):
         return "high" if "You grade" in text else "Refined: it is so.\nAnswer: " + re.search("Right answer: (.*)", text)[1]
     chat.script = script
+    examples = sorted(examples[:4], key=lambda e: zlib.crc32(e.name.encode()))  # the first one is kept in full
     trainer = make_trainer(tiny, CORRECT)
     trainer.helper = reward.Helper(chat.url, "m")
-    metrics, group = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+    metrics, group = dyme.train_step(trainer, examples, 0, "dyme", 1e-3)
     graded, refined = (sum(word in text for _, text in chat.seen) for word in ("You grade", "Follow this form"))
     assert refined == 1 and 0 < graded <= 12  # K responses of three prompts, equal ones asked once or so; one failed
     assert metrics["helper_calls"] == len(chat.seen) and metrics["helper_failures"] == 0
-    assert all(response["r_t"] == 1 for response in group["responses"])
+    assert group["mode"] == "exploration" and all(response["r_t"] == 1 for response in group["responses"])
     for flag, word in (("no_checker", "You grade"), ("no_refiner", "Follow this form")):
         chat.seen.clear()
         trainer = make_trainer(tiny, CORRECT, **{flag: True})
         trainer.helper = reward.Helper(chat.url, "m")
-        _, group = dyme.train_step(trainer, examples[:4], 0, "dyme", 1e-3)
+        _, group = dyme.train_step(trainer, examples, 0, "dyme", 1e-3)
         assert chat.seen and not any(word in text for _, text in chat.seen)
     group = dyme.train_step(trainer, [examples[1], *examples[:3]], 0, "dyme", 1e-3)[1]  # CORRECT's first row explores
 
