@@ -1,9 +1,8 @@
 """DyME: teach a small vision-language model to think, by dynamic memorization and exploration.
 
 A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and Exploration" (Liu,
-Deng, Chen; ICLR 2026; arXiv 2506.23061). It reads in the order the data flows: settings, model, prompts,
-rollout, switch, loss, the training step, the run. The paper itself is `train_step` and what it calls;
-examples and rewards are in reward.py.
+Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the data flows: settings, model, prompts, rollout,
+switch, loss, step, run. The paper itself is `train_step` and what it calls; rewards and data are in reward.py.
 
     python dyme.py                                        # a tiny VLM on toy charts: minutes on a laptop CPU
     python dyme.py --mode grpo --seed 1                   # a baseline on the same path
@@ -44,7 +43,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from reward import (DivergedError, Example, Helper, UserError, append_row, bar_interval, begin_run,
-                    build_parser, build_tiny_model, build_tiny_processor, check_config,
+                    build_parser, build_tiny_model, build_tiny_processor, check_config, data_name,
                     finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows, open_board,
                     open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl, record,
                     reference_response, report, resumed_settings, run_main, select_device, share, shrink,
@@ -109,7 +108,7 @@ class Config:
 # The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
 REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300, "warmup": 50,
         "sft_steps": 500, "eval_rows": 200}
-LEARNING_RATES = {"toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 5e-4, "sft": 1e-4},
+LEARNING_RATES = {"toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 1e-4, "sft": 1e-4},
                   "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5}}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
 CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
@@ -125,7 +124,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
     preset = preset | ({"format_weight": 1.0} if "released_code" in given else {})
     cfg = Config(**(preset | given))
-    name = f"{Path(cfg.model).name}-{Path(cfg.data).stem}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
+    name = f"{Path(cfg.model).name}-{data_name(cfg.data)}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
     cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
     if cfg.resume:
         cfg = Config(**resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
@@ -772,13 +771,13 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
         clock[2] = time.perf_counter()
         groups = Groups.join(gather(lambda: trainer.score(
             policy, rolled, examples[own.start:own.stop], cfg.thinking_weight, cfg.format_weight)))
-        if trainer.helper:
-            groups, examples = supervise(trainer, groups, examples)
+        groups = rate_thinking(trainer, groups, examples)
         advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
         if cfg.released_code:
             advantages[groups.correct.amin(1) == 1] = 0.0
         rule = cfg.switch if method == "dyme" else "explore"
         explore, targets = switch_modes(rule, groups.correct, groups.rewards, step / cfg.steps)  # Eq. 6
+        examples = rewrite_traces(trainer, examples, ~explore | (targets > 0))
         sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
         clock[3] = time.perf_counter()
     targets /= prompts * (K if cfg.released_code and method == "dyme" else 1)
@@ -788,45 +787,46 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, method: str
         totals = gather(lambda: accumulate_gradients(trainer, inputs, chunks, sequences, prompts))  # Eq. 7, 8
         metrics |= {key: sum(total[key] for total in totals) for key in totals[0]}
         metrics |= apply_gradients(trainer, metrics["loss"], lr)
-    clock.append(time.perf_counter())
-    metrics |= step_metrics(groups, prompts, sequences)
+    metrics |= step_metrics(groups, int(explore.sum()), sequences)
     if trainer.helper and method != "sft":
         counts = gather(trainer.helper.take_counts)
         metrics |= {key: sum(part[key] for part in counts) for key in counts[0]}
     if cfg.switch.startswith("budget") and method == "dyme":
         failed = [e for e, found in zip(examples, explore, strict=True) if not found]
         metrics |= memorize_buffer(trainer, failed, step, lr)
+    clock.append(time.perf_counter())
     names = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     metrics |= {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
     metrics |= {"tokens_per_s": metrics["tokens"] / (clock[4] - clock[0]),
                 "peak_memory_gib": peak_memory_gib(policy.device)}
-    return metrics, {"step": step} | watched_group(policy, examples, groups, advantages, sequences)
+    return metrics, {"step": step} | watched_group(policy, examples, groups, advantages, explore, sequences)
 
 
-def supervise(trainer: Trainer, groups: Groups, examples: list[Example]) -> tuple[Groups, list[Example]]:
-    """Full DyME: the helper rates thinking, in place of r_t, and rewrites the traces of prompts that failed.
-
-    Only prompts that may explore are rated. Where the helper fails, r_t and trace stay those of Pure DyME.
-    """
+def rate_thinking(trainer: Trainer, groups: Groups, examples: list[Example]) -> Groups:
+    """Full DyME's checker: the helper's ratings in place of r_t, where it gives one, of what may explore."""
     cfg, helper, K, own = trainer.cfg, trainer.helper, trainer.cfg.generations, share(len(examples))
-    found, rule = choose_mode(groups.correct), cfg.switch.partition(":")[0]
-    rated = found if rule in ("any-correct", "budget") else torch.ones_like(found)
-    if not cfg.no_checker and rule != "memorize":
-        pairs = [(examples[p], groups.texts[p * K + k]) for p in own if rated[p] for k in range(K)]
-        replies = itertools.chain(*gather(lambda: helper.map(helper.rate, pairs)))
-        thinking = groups.thinking.clone()
-        for p, k in itertools.product(rated.nonzero().flatten().tolist(), range(K)):
-            rating = next(replies)  # in this order, as every process rated its own share of the prompts
-            thinking[p, k] = thinking[p, k] if rating is None else rating
-            helper.remember(groups.texts[p * K + k], rating)
-        rewards = groups.rewards + cfg.thinking_weight * (thinking - groups.thinking)
-        groups = dataclasses.replace(groups, thinking=thinking, rewards=rewards)
-    if not cfg.no_refiner and rule != "explore":
-        failed = [(examples[p],) for p in own if not found[p]]
-        traces = itertools.chain(*gather(lambda: helper.map(helper.refine, failed)))
-        examples = [e if explores else dataclasses.replace(e, hint=next(traces))
-                    for e, explores in zip(examples, found, strict=True)]
-    return groups, examples
+    if not helper or cfg.no_checker or cfg.switch == "memorize":
+        return groups
+    rated = choose_mode(groups.correct) | cfg.switch.startswith(("threshold", "anneal", "explore"))
+    pairs = [(examples[p], groups.texts[p * K + k]) for p in own if rated[p] for k in range(K)]
+    replies = itertools.chain(*gather(lambda: helper.map(helper.rate, pairs)))
+    thinking = groups.thinking.clone()
+    for p, k in itertools.product(rated.nonzero().flatten().tolist(), range(K)):
+        rating = next(replies)  # in this order, as every process rated its own share of the prompts
+        thinking[p, k] = thinking[p, k] if rating is None else rating
+        helper.remember(groups.texts[p * K + k], rating)
+    rewards = groups.rewards + cfg.thinking_weight * (thinking - groups.thinking)
+    return dataclasses.replace(groups, thinking=thinking, rewards=rewards)
+
+
+def rewrite_traces(trainer: Trainer, examples: list[Example], memorize: Tensor) -> list[Example]:
+    """Full DyME's refiner: traces to be memorized, `memorize: (P,)`, as the helper rewrites them."""
+    if not trainer.helper or trainer.cfg.no_refiner:
+        return examples
+    chosen = [(examples[p],) for p in share(len(examples)) if memorize[p]]
+    traces = itertools.chain(*gather(lambda: trainer.helper.map(trainer.helper.refine, chosen)))
+    return [dataclasses.replace(e, hint=next(traces)) if chosen else e
+            for e, chosen in zip(examples, memorize.tolist(), strict=True)]
 
 
 def memorize_buffer(trainer: Trainer, failed: list[Example], step: int, lr: float) -> dict[str, Any]:
@@ -837,7 +837,8 @@ def memorize_buffer(trainer: Trainer, failed: list[Example], step: int, lr: floa
         return {}
     batch, trainer.buffer = trainer.buffer[:size], trainer.buffer[size:]
     metrics, _ = train_step(trainer, batch, step, "sft", lr)
-    return {"memorized": size / trainer.cfg.prompts, "target_length": metrics["target_length"]}
+    explored = trainer.cfg.prompts - len(failed)
+    return {"memorized": size / (size + explored), "target_length": metrics["target_length"]}
 
 
 def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], chunks: list[range],
@@ -902,11 +903,11 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     return {"grad_norm": norm, "skipped_steps": int(not finite)}
 
 
-def step_metrics(groups: Groups | None, prompts: int, sequences: list[Sequence]) -> dict[str, Any]:
+def step_metrics(groups: Groups | None, explored: int, sequences: list[Sequence]) -> dict[str, Any]:
     """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
     targets = [len(s.ids) for s in sequences if not s.explore]
-    metrics = {"memorized": len(targets) / prompts, "tokens": sum(targets)}
-    metrics["target_length"] = sum(targets) / len(targets) if targets else None
+    metrics = {"memorized": len(targets) / max(1, len(targets) + explored), "tokens": sum(targets),
+               "target_length": sum(targets) / len(targets) if targets else None}
     if groups:
         tokens = sum(map(len, groups.ids))
         metrics |= {
@@ -916,21 +917,21 @@ def step_metrics(groups: Groups | None, prompts: int, sequences: list[Sequence])
             "no_variance": no_variance(groups.rewards).float().mean().item(),
             "entropy": groups.entropy.sum().item() / tokens,
             "truncated": 1 - sum(groups.finished) / len(groups.ids),
-            "response_length": tokens / len(groups.ids), "tokens": tokens,
-        }
+            "response_length": tokens / len(groups.ids), "tokens": tokens}
     return metrics
 
 
 def watched_group(policy: Policy, examples: list[Example], groups: Groups | None, advantages: Tensor | None,
-                  sequences: list[Sequence]) -> dict[str, Any]:
-    """A prompt of a step in full, for `samples.jsonl`: of least hash, so the same ones return each epoch."""
+                  explore: Tensor, sequences: list[Sequence]) -> dict[str, Any]:
+    """A prompt of a step in full, for `samples.jsonl`: of least hash, so that many return in each epoch."""
     p = min(range(len(examples)), key=lambda i: zlib.crc32(examples[i].name.encode()))
     example, target = examples[p], next((s.ids for s in sequences if s.prompt == p and not s.explore), None)
     parts = {} if groups is None else {"r_a": groups.correct, "r_t": groups.thinking, "r_f": groups.in_format,
                                        "reward": groups.rewards, "advantage": advantages}
     rows = range(p * groups.correct.shape[1], (p + 1) * groups.correct.shape[1]) if groups else []
+    modes = {(True, False): "exploration", (False, True): "memorization", (True, True): "both"}
     return {"name": example.name, "question": example.question, "answer": example.answer,
-            "facts": example.facts, "mode": "memorization" if target else "exploration",
+            "facts": example.facts, "mode": modes.get((bool(explore[p]), bool(target)), "buffered"),
             "target": target and policy.tokenizer.decode(target, skip_special_tokens=True).strip(),
             "responses": [{"text": groups.texts[row], "finished": groups.finished[row]}
                           | {name: round(part[p, k].item(), 4) for name, part in parts.items()}
@@ -960,12 +961,12 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
     if not is_main():
         return
-    new, old, final = run / "checkpoint.tmp", run / "checkpoint.old", run / "checkpoint"
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    new, old, final = (run / f"checkpoint{ending}" for ending in (".tmp", ".old", ""))
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
     trainer.policy.model.save_pretrained(new)
     trainer.policy.processor.save_pretrained(new)
-    kept = {"buffer": [e.name for e in trainer.buffer],
+    kept = {"buffer": [(e.name, e.hint) for e in trainer.buffer],
             "examples": [*trainer.helper.examples] if trainer.helper else []}
     torch.save({"step": step, "failures": trainer.failures, "kept": kept,
                 "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict()},
@@ -986,7 +987,7 @@ def load_checkpoint(run: Path, trainer: Trainer, rows: list[Example]) -> int:
     if state["scaler"] and trainer.scaler.is_enabled():  # a run may go on with another precision
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.failures, by_name = state["failures"], {e.name: e for e in rows}
-    trainer.buffer = [by_name[name] for name in state["kept"]["buffer"]]
+    trainer.buffer = [dataclasses.replace(by_name[n], hint=hint) for n, hint in state["kept"]["buffer"]]
     if trainer.helper:
         trainer.helper.examples.extend(state["kept"]["examples"])
     return state["step"]
@@ -1070,8 +1071,7 @@ def train(cfg: Config) -> None:
     gather(lambda: is_main() and cfg.model == "tiny" and tiny_base(Path(base)))
     resumed = cfg.resume and (run / "checkpoint").exists()
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
-    if trainer.helper:
-        gather(trainer.helper.check_server)
+    gather(lambda: trainer.helper and trainer.helper.check_server())
     step = load_checkpoint(run, trainer, rows) if resumed else 0
     gather(lambda: is_main() and begin_run(cfg, step, resumed))
     trainer.board = open_board(cfg, step)

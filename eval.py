@@ -20,13 +20,14 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from dyme import (CHANGEABLE_ON_RESUME, Config, Groups, Policy, Prefix, Rollout,
                   encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer, own_chunks,
                   peak_memory_gib, respond, score, select_device, sequence_logprobs, stage, step_rows,
                   tiny_policy, train_step, vision_once, vision_towers)
-from reward import (Example, UserError, answers_match, append_row, is_main, load_data, one_line_parser,
+from reward import (FLAG, Example, UserError, answers_match, append_row, is_main, load_data, one_line_parser,
                     quoted_numbers, read_config, read_jsonl, run_main, share, shrink, spread, summarise,
                     write_atomically)
 
@@ -111,7 +112,8 @@ def vote(examples: list[Example], groups: list[list[dict[str, Any]]]) -> dict[st
     for example, group in zip(examples, groups, strict=True):
         answers = Counter(p["parsed"].lower().rstrip(".").replace(",", "") for p in group if p["parsed"])
         passed += any(p["strict"] for p in group)
-        majority += bool(answers) and answers_match(answers.most_common(1)[0][0], example.answer, 0.05)
+        accepts = example.accepts or (lambda given, limit, right=example.answer: answers_match(given, right, limit))
+        majority += bool(answers) and bool(accepts(answers.most_common(1)[0][0], 0.05))
     return {f"pass@{k}": passed / len(groups), f"majority@{k}": majority / len(groups)}
 
 
@@ -271,8 +273,9 @@ def print_benchmark(cfg: Config, policy: Policy, median: dict[str, float], floor
 CURVES = (  # title, unit, key, of evaluations, a share
     ("Held-out accuracy", "share right and in the format, greedy", "strict", True, True),
     ("Training accuracy", "share of sampled responses right (mean r_a)", "accuracy", False, True),
-    ("Share memorized (Fig. S2)", "SFT / (SFT + RL) prompts", "memorized", False, True),
-    ("Groups without variance", "share with all rewards alike", "no_variance", False, True),
+    ("Share memorized (Fig. S2)", "prompts, SFT / (SFT + RL)", "memorized", False, True),
+    ("Groups without a right response", "share of groups", "none_correct", False, True),
+    ("Groups without variance", "share of groups with all rewards alike", "no_variance", False, True),
     ("Training reward (Fig. 4)", "mean of r_a + w_t r_t + w_f r_f", "reward", False, False),
     ("Thinking reward", "mean r_t", "reward_thinking", False, True),
     ("In the format", "share of sampled responses (r_f)", "reward_format", False, True),
@@ -287,14 +290,22 @@ POINTS, TEXT_BYTES, IMAGE_BYTES, ANSWERS = 500, 6e6, 2e6, 40  # what keeps a pag
 def report(argv: list[str]) -> None:
     """Write a page that shows what run folders hold. Raises UserError if one is not a run folder."""
     parser = one_line_parser("Write one self-contained page about runs: curves, groups, answers, a table.")
+    parser.prog = "eval.py report"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     parser.add_argument("--out", default="report.html", metavar="X", help="the page [report.html]")
     args = parser.parse_args(argv)
-    runs = [(Path(name), read_config(Path(name), Config)) for name in args.runs]
+    runs = []
+    for run in dict.fromkeys(map(Path, args.runs)):
+        try:
+            runs.append((run, read_config(run, Config)))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError("none of these is a run folder")
     shown = [describe_run(run, cfg, TEXT_BYTES / len(runs)) for run, cfg in runs]
-    images = {}
+    images: dict[str, str] = {}
     for (run, cfg), described in zip(runs, shown, strict=True):
-        images |= group_images(run, cfg, described["groups"], IMAGE_BYTES - sum(map(len, images.values())))
+        add_images(images, run, cfg, described["groups"], IMAGE_BYTES / len(runs))
     content = {
         "runs": shown, "images": images, "answers": compare_answers(runs), "table": result_table(runs),
         "charts": [dict(zip(("title", "unit", "key", "evaluated", "share"), c, strict=True)) for c in CURVES],
@@ -303,8 +314,8 @@ def report(argv: list[str]) -> None:
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     try:
         write_atomically(Path(args.out), PAGE.replace("DATA", text, 1))
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error})") from None
     print(f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
@@ -315,8 +326,8 @@ def describe_run(run: Path, cfg: dict[str, Any], budget: float) -> dict[str, Any
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
     groups = [describe_group(run, cfg, row) for row in read_jsonl(run / "samples.jsonl")]
     size = sum(len(json.dumps(group)) for group in groups)
-    groups = spread(groups, max(1, int(len(groups) * min(1.0, budget / size)))) if groups else []
-    return {"name": str(run), "groups": groups,
+    shown = spread(groups, max(1, int(len(groups) * min(1.0, budget / size)))) if groups else []
+    return {"name": str(run), "groups": shown, "all_groups": len(groups),
             "metrics": columns(thin(metrics), [key for *_, key, evaluated, _ in CURVES if not evaluated]),
             "evaluations": columns(read_jsonl(run / "evaluations.jsonl"),
                                    [key for *_, key, evaluated, _ in CURVES if evaluated])}
@@ -341,8 +352,8 @@ def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]
 def describe_group(run: Path, cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
     def mark(text: str) -> list[list[str]]:
-        parts, end = [], 0
-        for start, stop, grounded in quoted_numbers(text, group["facts"] or "", group["question"]):
+        parts, end, thinking = [], 0, text[:text.find(FLAG)] if FLAG in text else text
+        for start, stop, grounded in quoted_numbers(thinking, group["facts"] or "", group["question"]):
             parts += [[text[end:start], ""], [text[start:stop], "yes" if grounded else "no"]]
             end = stop
         return [part for part in [*parts, [text[end:], ""]] if part[0]] if group["facts"] else [[text, ""]]
@@ -356,59 +367,74 @@ def explain_mode(cfg: dict[str, Any], group: dict[str, Any]) -> str:
     """Say in a sentence why a group was used as it was."""
     right, all_of = sum(r["r_a"] > 0 for r in group["responses"]), len(group["responses"])
     counted = f"{right or 'None'} of {all_of} responses {'is' if right < 2 else 'are'} right"
-    alike = len({r["reward"] for r in group["responses"]}) == 1
+    still = not cfg["beta"] and not any(r["advantage"] for r in group["responses"])
+    idle = ", but all advantages are zero, so there is no gradient." if still else "."
     if not all_of:
         return "SFT imitates the reference, whatever the model would say."
     if cfg["mode"] != "dyme":
-        return f"{counted}; GRPO explores in any case" + (", here without a gradient, as all rewards are alike."
-                                                          if alike else ".")
+        return f"{counted}; GRPO compares the responses in any case{idle}"
     if cfg["switch"] != "any-correct":
         return f"{counted}; the mode follows from --switch {cfg['switch']}."
     if not right:
         return f"{counted}: nothing right to reinforce, so the reference is imitated (Eq. 6)."
-    return f"{counted}: responses are compared with each other (Eq. 6)" + (
-        ", but all rewards are alike, so there is no gradient." if alike else ".")
+    return f"{counted}: the responses are compared with each other (Eq. 6){idle}"
 
 
-def group_images(run: Path, cfg: dict[str, Any], groups: list[dict[str, Any]], budget: float) -> dict[str, str]:
-    """Pictures of the groups' rows as data addresses, as far as the run's data is at hand."""
+@contextlib.contextmanager
+def without_downloads() -> Iterator[None]:
+    """Keep the hub's client to what it has on disk."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        rows = {row.name: row for row in load_rows(argparse.Namespace(**cfg))[0]}
-        images = {}
-        for group in groups:
-            if group["image"] not in images and (row := rows.get(group["name"])) and row.image:
-                file, image = io.BytesIO(), shrink(row.image(), 360).convert("RGB")
-                small = max(image.size) <= 128
-                image.save(file, "PNG" if small else "JPEG", optimize=True)
-                images[group["image"]] = (f"data:image/{'png' if small else 'jpeg'};base64,"
-                                          + base64.b64encode(file.getvalue()).decode())
-                budget -= len(images[group["image"]])
-                if budget < 0:
-                    break
-        return images
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def add_images(images: dict[str, str], run: Path, cfg: dict[str, Any], groups: list[dict[str, Any]],
+               budget: float) -> None:
+    """Add the pictures of a run's groups as data addresses, as far as its data is at hand and they fit."""
+    missing = {group["image"]: group["name"] for group in groups if group["image"] not in images}
+    if not missing:
+        return
+    try:
+        with without_downloads():
+            rows = {row.name: row for row in load_rows(argparse.Namespace(**cfg))[0]}
     except (UserError, OSError) as error:
         print(f"{run}: shown without pictures, as its data is not at hand ({error})", file=sys.stderr)
-        return {}
+        return
+    for key in missing:
+        with contextlib.suppress(UserError, OSError, KeyError):
+            if (opener := rows[missing[key]].image) is None:
+                continue
+            file, image = io.BytesIO(), shrink(opener(), 360).convert("RGB")
+            kind = "PNG" if max(image.size) <= 128 else "JPEG"
+            image.save(file, kind, optimize=True)
+            address = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+            budget -= len(address)
+            if budget < 0:
+                return
+            images[key] = address
 
 
-def held_out(run: Path, step: int) -> dict[str, dict[str, Any]]:
-    """A run's held-out answers at a step, by row name."""
-    return {row["name"]: row for row in read_jsonl(run / f"held-out-{step}.jsonl")}
+def held_out(run: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """A run's held-out answers at a step, by row and question."""
+    return {(row["name"], row["question"]): row for row in read_jsonl(run / f"held-out-{step}.jsonl")}
 
 
 def compare_answers(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """Answers to the same held-out rows, by the base of the first run and by each run at its end."""
     steps = [[row["step"] for row in read_jsonl(run / "evaluations.jsonl")] or [0] for run, _ in runs]
     answers = [held_out(runs[0][0], 0), *(held_out(run, s[-1]) for (run, _), s in zip(runs, steps, strict=True))]
-    rows = list({name: row for found in answers for name, row in found.items()}.values())
+    rows = {key: row for found in answers for key, row in found.items()}
 
     def cell(row: dict[str, Any] | None) -> dict[str, Any] | None:
         return row and {"text": [[row["response"], ""]], "right": bool(row["strict"])}
 
-    return {"columns": ["before"] + [f"{run}, step {s[-1]}" for (run, _), s in zip(runs, steps, strict=True)],
+    return {"columns": [f"{runs[0][0]}, step 0"] + [f"{run}, step {s[-1]}" for (run, _), s in
+                                                    zip(runs, steps, strict=True)],
             "rows": [{"question": row["question"], "answer": row["answer"],
-                      "cells": [cell(found.get(row["name"])) for found in answers]}
-                     for row in spread(rows, ANSWERS)]}
+                      "cells": [cell(found.get(key)) for found in answers]}
+                     for key, row in spread([*rows.items()], ANSWERS)]}
 
 
 def result_table(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
@@ -419,16 +445,16 @@ def result_table(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
         scores = [(last or [{}])[-1].get(key) for key in keys]
         scores.append(sum(v for row in metrics for k, v in row.items() if k.startswith("seconds_")) / 60)
         rows.append([str(run), cfg["mode"], str(cfg["seed"]), str(len(metrics)), *map(rounded, scores)])
-        setting = json.dumps({k: v for k, v in cfg.items() if k not in CHANGEABLE_ON_RESUME | {"seed"}})
-        settings.setdefault(setting, []).append((cfg["mode"], scores))
+        setting = {k: v for k, v in cfg.items() if k not in CHANGEABLE_ON_RESUME | {"seed"}}
+        settings.setdefault(json.dumps([len(metrics), setting]), {})[cfg["seed"]] = (str(run), scores)
     for seeds in settings.values():
         if len(seeds) > 1:
-            columns = zip(*(scores for _, scores in seeds), strict=True)
-            values = [[v for v in column if v is not None] for column in columns]
-            rows.append([f"mean of {len(seeds)} seeds (from – to)", seeds[0][0], "", "", *(
+            names, columns = zip(*seeds.values(), strict=True)
+            values = [[v for v in column if v is not None] for column in zip(*columns, strict=True)]
+            rows.append([f"mean (from – to) of {len(seeds)} seeds like {names[0]}", "", "", "", *(
                 f"{sum(v) / len(v):.3f} ({min(v):.3f} – {max(v):.3f})" if v else "–" for v in values)])
     return {"columns": ["run", "mode", "seed", "steps", "accuracy", "in format", "groundedness",
-                        "length (tokens)", "time (minutes)"], "rows": rows}
+                        "length (tokens)", "minutes in steps"], "rows": rows}
 
 
 def rounded(value: float | None) -> str:
@@ -453,13 +479,13 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--bg); c
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { margin: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
 h3 { margin: 0; font-size: 1rem; }
-a { color: var(--accent); } p { max-width: 48rem; } .soft { color: var(--soft); }
+a { color: var(--accent); } p { max-width: 48rem; overflow-wrap: anywhere; } .soft { color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: 1rem; margin: .5rem 0; }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: .75rem 0; }
 .controls label { display: inline-flex; gap: .4rem; align-items: center; overflow-wrap: anywhere; }
-button, select { font: inherit; min-height: 2.25rem; padding: .2rem .7rem; color: inherit; background: var(--card);
+button, select { font: inherit; max-width: 100%; min-height: 2.25rem; padding: .2rem .7rem; color: inherit; background: var(--card);
   border: 1px solid var(--soft); border-radius: .4rem; }
-button:disabled { color: var(--soft); border-style: dotted; }
+button[aria-disabled=true] { color: var(--soft); border-style: dotted; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 #charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; min-width: 0; }
@@ -479,6 +505,7 @@ dl { margin: 0; } dt { font-size: .8rem; color: var(--soft); } dd { margin: 0 0 
 .response { border-top: 1px solid var(--line); padding: .5rem 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; align-items: center; }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 mark { color: inherit; border-radius: .2rem; padding: 0 .15rem; }
 mark.yes { background: var(--goodbg); border-bottom: 2px solid var(--good); }
 mark.no { background: var(--badbg); border-bottom: 2px dashed var(--bad); }
@@ -506,7 +533,7 @@ rows; the rest is over the prompts of each step.</p>
 <label>Smooth over <select id="smooth"><option value="1">1 step</option><option value="10">10 steps</option>
 <option value="25" selected>25 steps</option><option value="50">50 steps</option></select></label>
 <label><input type="checkbox" id="normalise"> share memorized relative to its start</label>
-<label>Step <input type="range" id="step" min="0" value="0"> <output id="at"></output></label>
+<label>Step <input type="range" id="step" min="0" value="0"> <span id="at"></span></label>
 </div>
 <div class="controls" id="shown" role="group" aria-label="Runs shown"></div>
 <div id="charts"></div>
@@ -519,7 +546,7 @@ rightly computed from such, look like <mark class="yes">7</mark>; numbers that a
 <div class="controls">
 <label>Run <select id="run"></select></label>
 <label>Mode <select id="mode"><option value="">any</option><option>exploration</option>
-<option>memorization</option></select></label>
+<option>memorization</option><option>both</option><option>buffered</option></select></label>
 <label>Responses <select id="verdict"><option value="">any</option><option value="some">some right</option>
 <option value="none">none right</option><option value="all">all right</option></select></label>
 </div>
@@ -568,16 +595,18 @@ function make(tag, attributes = {}, ...children) {
   node.append(...children.filter(child => child != null));
   return node;
 }
-const marked = parts =>
-  make(
-    "div",
-    {class: "text"},
-    ...parts.map(([text, kind]) =>
-      kind
-        ? make("mark", {class: kind, title: kind === "yes" ? "in the image" : "not in the image"}, text)
-        : text,
-    ),
-  );
+function marked(parts) {
+  const node = make("div", {class: "text"});
+  for (const [text, kind] of parts) {
+    if (!kind) node.append(text);
+    else if (kind === "yes") node.append(make("mark", {class: "yes", title: "in the image"}, text));
+    else {
+      const spoken = make("span", {class: "unseen"}, " (not in the image)");
+      node.append(make("mark", {class: "no", title: "not in the image"}, text, spoken));
+    }
+  }
+  return node;
+}
 const stroke = i => ({
   stroke: colors[i % colors.length],
   "stroke-dasharray": dashes[Math.floor(i / colors.length) % dashes.length],
@@ -664,7 +693,7 @@ function draw() {
             make("line", {x1: 42, x2: 332, y1: y(t), y2: y(t), stroke: "var(--line)"}),
             make("text", {x: 37, y: y(t) + 4, "text-anchor": "end"}, String(t)),
           );
-        for (const t of ticks(0, last))
+        for (const t of ticks(0, last).filter(Number.isInteger))
           svg.append(make("text", {x: x(t), y: 183, "text-anchor": "middle"}, String(t)));
         svg.append(make("text", {x: 187, y: 199, "text-anchor": "middle"}, "optimisation step"));
         curves.forEach((c, i) => {
@@ -717,7 +746,7 @@ function draw() {
             ...curves
               .map((c, i) => {
                 if (!c || !c.smooth.some(v => v != null)) return "";
-                let k = 0;
+                let k = -1;
                 c.xs.forEach((s, j) => {
                   if (s <= cursor && c.smooth[j] != null) k = j;
                 });
@@ -765,7 +794,7 @@ function jump() {
   const memorized = new Set(),
     all = runs[$("run").value].groups;
   const found = all.filter(g => {
-    const back = g.mode !== "memorization" && memorized.has(g.name);
+    const back = g.mode === "exploration" && memorized.has(g.name);
     if (g.mode === "memorization") memorized.add(g.name);
     else memorized.delete(g.name);
     return back;
@@ -780,8 +809,8 @@ function jump() {
 function go(to) {
   place = Math.min(groups.length - 1, Math.max(0, to));
   $("which").value = Math.max(0, place);
-  $("previous").disabled = place <= 0;
-  $("next").disabled = place >= groups.length - 1;
+  $("previous").setAttribute("aria-disabled", place <= 0);
+  $("next").setAttribute("aria-disabled", place >= groups.length - 1);
   if (!groups.length) {
     $("place").textContent = "No group fits.";
     $("group").replaceChildren();
@@ -789,10 +818,12 @@ function go(to) {
   }
   const g = groups[place],
     image = data.images[g.image];
-  $("place").textContent = `Step ${g.step}; group ${place + 1} of ${groups.length}`;
+  const run = runs[$("run").value],
+    left = run.all_groups > run.groups.length ? ` (the run has ${run.all_groups}, not all fit this page)` : "";
+  $("place").textContent = `Step ${g.step}; group ${place + 1} of ${groups.length}${left}`;
   const term = (name, ...value) => [make("dt", {}, name), make("dd", {}, ...value)];
   const picture = image
-    ? make("img", {src: image, alt: `The chart of this question: ${g.facts || "no facts given"}`})
+    ? make("img", {src: image, alt: "Image of this question"})
     : null;
   if (picture)
     picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 200));
@@ -827,6 +858,7 @@ function go(to) {
             make("span", {class: r.r_a > 0 ? "right" : "wrong"}, verdict(r)),
             make("span", {}, `r_a ${show(r.r_a)}`),
             make("span", {}, `r_t ${show(r.r_t)}`),
+            make("span", {}, `r ${show(r.reward)}`),
             make("span", {}, `advantage ${show(r.advantage)}`),
             bar(r.advantage / top),
           ),

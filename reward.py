@@ -456,6 +456,12 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     return examples
 
 
+def data_name(data: str) -> str:
+    """A short name of what `--data` names, for the run folder."""
+    name = data.partition(":")[0]
+    return name if name in DOMAINS else Path(data).stem
+
+
 def load_rows(cfg: Any) -> tuple[list[Example], list[Example]]:
     """Load training and held-out rows; where `--epochs` is given, it becomes `--steps`."""
     rows, held_out = (load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
@@ -629,7 +635,7 @@ def read_domain(data: str, split: str) -> list[Example]:
     for i, row in enumerate(parse_rows(found[0]), 1):
         try:
             example = domain.row(row, root, f"{found[0].name} row {i}")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, zipfile.BadZipFile) as error:
             raise UserError(f"{found[0].name} row {i}: is not a row of {name} ({error!r})") from None
         examples += [example] if example else []
     if not examples:
@@ -1133,7 +1139,8 @@ def check_config(cfg: Any) -> None:
         raise UserError(f"--helper-key-env {cfg.helper_key_env}: no such environment variable")
     if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
         raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
-    if (cfg.hints or cfg.augmented) and cfg.data.endswith((".json", ".jsonl", "toy")):
+    if (cfg.hints or cfg.augmented) and (cfg.data.endswith((".json", ".jsonl", "toy"))
+                                         or cfg.data.partition(":")[0] in DOMAINS):
         raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
     if cfg.model == "tiny" and cfg.data != "toy":
         raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
@@ -1246,7 +1253,8 @@ def begin_run(cfg: Any, step: int, resumed: bool) -> None:
         for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "tensorboard"):
             shutil.rmtree(run / name, ignore_errors=True)
         for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
-            file.unlink()
+            if not (cfg.resume and file.name == "helper.jsonl"):  # paid replies outlive a crash before a save
+                file.unlink()
         write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     for name, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
         lines = [json.dumps(row) + "\n" for row in read_jsonl(run / f"{name}.jsonl") if row["step"] <= kept]
@@ -1284,17 +1292,26 @@ def open_board(cfg: Any, step: int) -> Any:
     if not (cfg.tensorboard and is_main()):
         return None
     from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(Path(cfg.out) / "tensorboard", purge_step=step)  # of what a resumed run repeats
+    board = SummaryWriter(Path(cfg.out) / "tensorboard", purge_step=step)  # of what a resumed run repeats
+    for row in read_jsonl(Path(cfg.out) / "evaluations.jsonl"):
+        if row["step"] == step:  # the one evaluation that it does not repeat
+            add_scalars(board, "evaluations", row)
+    return board
 
 
 def record(file: Path, row: dict[str, Any], board: Any) -> None:
     """Append a row of a step to a file, and its numbers to TensorBoard."""
     append_row(file, row)
     if board:
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                board.add_scalar(f"{file.stem}/{key}", value, row["step"])
-        board.flush()
+        add_scalars(board, file.stem, row)
+
+
+def add_scalars(board: Any, title: str, row: dict[str, Any]) -> None:
+    """Write the numbers of a step to TensorBoard."""
+    for key, value in row.items():
+        if isinstance(value, int | float) and key != "step":
+            board.add_scalar(f"{title}/{key}", value, row["step"])
+    board.flush()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -921,7 +921,7 @@ def group_row(step, name, right, **more):
     """A row of samples.jsonl with four responses, of which some are right."""
     responses = [{"text": f"<b>red 4</b> and blue 9 </script><script>throw 1</script>\nAnswer: {k}", "finished": True,
                   "r_a": float(k < right), "r_t": 0.5, "r_f": 1.0, "reward": 0.5 + (k < right),
-                  "advantage": 1.0 if k < right else -1.0} for k in range(4)]
+                  "advantage": 0.0 if right == 4 else 1.0 if k < right else -1.0} for k in range(4)]
     return {"step": step, "name": name, "question": "Q <b>?", "answer": "0", "facts": "red 4, blue 7",
             "mode": "exploration" if right else "memorization", "target": None if right else "Goal: red 4.\nAnswer: 0",
             "responses": responses} | more
@@ -951,7 +951,7 @@ def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported):
     assert [len(r["groups"]) for r in (a, b)] == [4, 1] and len(content["charts"]) == len(evaluation.CURVES)
     assert a["groups"][0]["responses"][0]["text"][1:4:2] == [["4", "yes"], ["9", "no"]]
     assert "None of 4" in a["groups"][0]["why"] and "2 of 4" in a["groups"][1]["why"] and "SFT" in b["groups"][0]["why"]
-    assert "no gradient" in a["groups"][3]["why"]
+    assert "no gradient" in a["groups"][3]["why"] and a["all_groups"] == 4
     assert len(content["answers"]["rows"]) == 8 and all(len(row["cells"]) == 3 for row in content["answers"]["rows"])
     assert b["groups"][0]["image"] in content["images"]
 
@@ -964,7 +964,12 @@ def test_a_big_report_is_thinned(runs, capsys):
     (runs / "a" / "metrics.jsonl").write_text("".join(
         json.dumps(metrics | {"step": step, "accuracy": step % 2}) + "\n" for step in range(3000)))
     page = runs / "page.html"
-    evaluation.main(["report", *[str(runs / "a")] * 6, "--out", str(page)])
+    for name in "bcdef":
+        shutil.copytree(runs / "a", runs / name)
+    evaluation.main(["report", *[str(runs / name) for name in "abcdef"], str(runs), "--out", str(page)])
+    assert "left out" in capsys.readouterr().err  # the folder of runs is none itself
+    with pytest.raises(UserError, match="none of these"):
+        evaluation.main(["report", str(runs)])
     assert 2e6 < page.stat().st_size < 10e6
     shown = evaluation.describe_run(runs / "a", dataclasses.asdict(Config()), 1e6)
     assert shown["metrics"]["step"][:2] == [5, 11] and set(shown["metrics"]["accuracy"]) == {0.5}
@@ -1097,19 +1102,23 @@ def test_anneal_adds_the_targets_to_exploration(tiny, examples):
     dyme_accumulate = lambda t, i, c, sequences, p: seen.append(sequences) or accumulate(t, i, c, sequences, p)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dyme, "accumulate_gradients", dyme_accumulate)
-        metrics, _ = dyme.train_step(trainer, examples[:4], 2, "dyme", 1e-3)
+        metrics, group = dyme.train_step(trainer, examples[:4], 2, "dyme", 1e-3)
     targets = [x.weight for x in seen[0] if not x.explore]
-    assert targets == pytest.approx([0.5 / 4] * 4) and any(x.explore for x in seen[0]) and metrics["memorized"] == 1
+    assert targets == pytest.approx([0.5 / 4] * 4) and any(x.explore for x in seen[0])
+    assert metrics["memorized"] == 0.5 and group["mode"] == "both"  # as many prompts explore
 
 
 def test_budget_memorizes_failures_when_there_are_enough_and_survives_a_resume(tiny, examples, tmp_path):
     trainer = make_trainer(tiny, CORRECT, switch="budget:2")  # of four prompts one fails
-    for step, memorized, waiting in ((0, 0, 1), (1, 0.5, 0), (2, 0, 1)):
-        metrics, _ = dyme.train_step(trainer, examples[4 * step:4 * step + 4], step, "dyme", 1e-3)
+    for step, memorized, waiting in ((0, 0, 1), (1, 2 / 5, 0), (2, 0, 1)):
+        metrics, group = dyme.train_step(trainer, examples[4 * step:4 * step + 4], step, "dyme", 1e-3)
         assert metrics["memorized"] == memorized and len(trainer.buffer) == waiting
+        failed = group["name"] == examples[4 * step + 1].name
+        assert group["mode"] == ("buffered" if failed else "exploration")
+    trainer.buffer[0] = dataclasses.replace(trainer.buffer[0], hint="refined")
     dyme.save_checkpoint(tmp_path, trainer, 3)
     again = make_trainer(tiny, CORRECT, switch="budget:2")
-    assert dyme.load_checkpoint(tmp_path, again, examples) == 3 and [e.name for e in again.buffer] == [examples[9].name]
+    assert dyme.load_checkpoint(tmp_path, again, examples) == 3 and again.buffer == trainer.buffer
 
 
 # ---- Domains -------------------------------------------------------------------------------------
@@ -1377,6 +1386,12 @@ def test_full_dyme_rates_explorers_and_refines_failures_only(tiny, examples, cha
     assert refined == 1 and 0 < graded <= 12  # K responses of three prompts, equal ones asked once or so; one failed
     assert metrics["helper_calls"] == len(chat.seen) and metrics["helper_failures"] == 0
     assert group["mode"] == "exploration" and all(response["r_t"] == 1 for response in group["responses"])
+    for switch, many in (("memorize", 4), ("explore", 0), ("anneal", 4)):  # what is imitated is rewritten
+        chat.seen.clear()
+        trainer = make_trainer(tiny, CORRECT, switch=switch)
+        trainer.helper = reward.Helper(chat.url, "m")
+        dyme.train_step(trainer, examples, 0, "dyme", 1e-3)
+        assert sum("Follow this form" in text for _, text in chat.seen) == many
     for flag, word in (("no_checker", "You grade"), ("no_refiner", "Follow this form")):
         chat.seen.clear()
         trainer = make_trainer(tiny, CORRECT, **{flag: True})
@@ -1494,8 +1509,15 @@ def test_exercise_1_predict_the_mode():
 
 
 def test_exercise_2_break_the_end_token(tiny, examples, monkeypatch):
-    broken, finished = attempt("broken_target_ids"), {}
-    for name, function in (("whole", dyme.target_ids), ("broken", broken)):
+    whole, broken, finished = dyme.target_ids, attempt("broken_target_ids"), {}
+
+    def with_the_original_at_hand(*args):
+        dyme.target_ids = whole
+        ids = broken(*args)
+        dyme.target_ids = with_the_original_at_hand
+        return ids
+
+    for name, function in (("whole", whole), ("broken", with_the_original_at_hand)):
         monkeypatch.setattr(dyme, "target_ids", function)
         trainer = make_trainer(tiny, mode="sft", steps=40)
         for step in range(40):
@@ -1509,12 +1531,12 @@ def test_exercise_2_break_the_end_token(tiny, examples, monkeypatch):
 def test_exercise_3_collapsed_groups_give_no_gradient():
     gradient = attempt("group_gradient")
     torch.manual_seed(0)
-    for rewards in (torch.tensor([1.0, 0.0, 0.5, 1.7]), torch.full((4,), 0.7)):
+    for rewards in (torch.tensor([1.0, 0.0, 0.5, 1.7]).double(), torch.full((4,), 0.7).double()):
         scores = torch.randn(4, 3, dtype=torch.float64)  # d log p(y_k) / d theta, per token
         theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         weights = dyme.group_advantages(rewards[None])[0] / 4
         dyme.policy_loss((scores @ theta)[:, None], torch.ones(4, 1), weights, torch.ones(4, dtype=torch.bool)).backward()
-        torch.testing.assert_close(torch.as_tensor(gradient(rewards, scores)).double(), theta.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.as_tensor(gradient(rewards, scores)).double(), theta.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_exercise_4_a_switch_of_your_own():
@@ -1559,7 +1581,7 @@ def test_exercise_8_a_fairer_baseline():
     parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     ours = [dict.fromkeys(parts, 0.5) for _ in range(30)]
     sft = [dict(zip(parts, (0.1, 0.0, 0.0, 0.4), strict=True)) for _ in range(10)]
-    assert matched(ours, sft) == 120
+    assert matched(ours, sft) == pytest.approx(120, abs=1)
 
 
 def test_vote_by_hand():
