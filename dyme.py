@@ -825,8 +825,8 @@ def rewrite_traces(trainer: Trainer, examples: list[Example], memorize: Tensor) 
         return examples
     chosen = [(examples[p],) for p in share(len(examples)) if memorize[p]]
     traces = itertools.chain(*gather(lambda: trainer.helper.map(trainer.helper.refine, chosen)))
-    return [dataclasses.replace(e, hint=next(traces)) if chosen else e
-            for e, chosen in zip(examples, memorize.tolist(), strict=True)]
+    return [dataclasses.replace(e, hint=next(traces)) if memorized else e
+            for e, memorized in zip(examples, memorize.tolist(), strict=True)]
 
 
 def memorize_buffer(trainer: Trainer, failed: list[Example], step: int, lr: float) -> dict[str, Any]:

@@ -324,7 +324,7 @@ def describe_run(run: Path, cfg: dict[str, Any], budget: float) -> dict[str, Any
     metrics = read_jsonl(run / "metrics.jsonl")
     for row in metrics:
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
-    groups = [describe_group(run, cfg, row) for row in read_jsonl(run / "samples.jsonl")]
+    groups = [describe_group(cfg, row) for row in read_jsonl(run / "samples.jsonl")]
     size = sum(len(json.dumps(group)) for group in groups)
     shown = spread(groups, max(1, int(len(groups) * min(1.0, budget / size)))) if groups else []
     return {"name": str(run), "groups": shown, "all_groups": len(groups),
@@ -349,7 +349,7 @@ def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]
         key: [None if row.get(key) is None else float(f"{row[key]:.4g}") for row in rows] for key in present}
 
 
-def describe_group(run: Path, cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def describe_group(cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
     def mark(text: str) -> list[list[str]]:
         parts, end, thinking = [], 0, text[:text.find(FLAG)] if FLAG in text else text

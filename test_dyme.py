@@ -949,7 +949,8 @@ def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported):
     a, b = content["runs"]
     assert a["metrics"]["step"] == [0, 1] and len(a["metrics"]["accuracy"]) == 2 and "accuracy" not in b["metrics"]
     assert [len(r["groups"]) for r in (a, b)] == [4, 1] and len(content["charts"]) == len(evaluation.CURVES)
-    assert a["groups"][0]["responses"][0]["text"][1:4:2] == [["4", "yes"], ["9", "no"]]
+    text = a["groups"][0]["responses"][0]["text"]
+    assert text[1:4:2] == [["4", "yes"], ["9", "no"]] and text[-1][0].endswith("Answer: 0")  # an answer is no thinking
     assert "None of 4" in a["groups"][0]["why"] and "2 of 4" in a["groups"][1]["why"] and "SFT" in b["groups"][0]["why"]
     assert "no gradient" in a["groups"][3]["why"] and a["all_groups"] == 4
     assert len(content["answers"]["rows"]) == 8 and all(len(row["cells"]) == 3 for row in content["answers"]["rows"])
