@@ -284,7 +284,7 @@ CURVES = (  # title, unit, key, of evaluations, a share
     ("Truncated", "share cut off by the length limit", "truncated", False, True),
     ("Step time", "seconds", "seconds", False, False),
 )
-POINTS, TEXT_BYTES, IMAGE_BYTES, ANSWERS = 500, 6e6, 2e6, 40  # what keeps a page under 10 MB
+POINTS, ANSWERS, PAGE_BYTES, TEXT_BYTES = 500, 40, 9e6, 7e6  # what keeps a page under 10 MB
 
 
 def report(argv: list[str]) -> None:
@@ -302,12 +302,16 @@ def report(argv: list[str]) -> None:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError("none of these is a run folder")
-    shown = [describe_run(run, cfg, TEXT_BYTES / len(runs)) for run, cfg in runs]
+    names = [run.name for run, _ in runs]  # if they tell the runs apart
+    names = names if all(names) and len(set(names)) == len(names) else [str(run) for run, _ in runs]
+    shown = [describe_run(name, run, cfg) for name, (run, cfg) in zip(names, runs, strict=True)]
+    budget = PAGE_BYTES - fit_groups(shown, TEXT_BYTES)
     images: dict[str, str] = {}
-    for (run, cfg), described in zip(runs, shown, strict=True):
-        add_images(images, run, cfg, described["groups"], IMAGE_BYTES / len(runs))
+    for i, (run, cfg) in enumerate(runs):
+        budget -= add_images(images, run, cfg, shown[i], budget / (len(runs) - i))
     content = {
-        "runs": shown, "images": images, "answers": compare_answers(runs), "table": result_table(runs),
+        "runs": shown, "images": images, "answers": compare_answers(names, runs),
+        "table": result_table(names, runs),
         "charts": [dict(zip(("title", "unit", "key", "evaluated", "share"), c, strict=True)) for c in CURVES],
         "summary": f"{len(runs)} run{'s' * (len(runs) > 1)}: " + ", ".join(str(run) for run, _ in runs)}
     # Within a script element only `<` could end it; JSON may write it as an escape.
@@ -319,18 +323,45 @@ def report(argv: list[str]) -> None:
     print(f"wrote {args.out} ({Path(args.out).stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
-def describe_run(run: Path, cfg: dict[str, Any], budget: float) -> dict[str, Any]:
-    """A run's curves by column, and its groups, as many as fit `budget` bytes, spread over the steps."""
+def describe_run(name: str, run: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """A run's curves by column, and its groups; `switched` is the step at which an explored one was memorized."""
     metrics = read_jsonl(run / "metrics.jsonl")
     for row in metrics:
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
-    groups = [describe_group(cfg, row) for row in read_jsonl(run / "samples.jsonl")]
-    size = sum(len(json.dumps(group)) for group in groups)
-    shown = spread(groups, max(1, int(len(groups) * min(1.0, budget / size)))) if groups else []
-    return {"name": str(run), "groups": shown, "all_groups": len(groups),
+    groups, memorized = [describe_group(cfg, row) for row in read_jsonl(run / "samples.jsonl")], {}
+    for group in groups:
+        before = memorized.pop(group["name"], None)
+        if group["mode"] == "memorization":
+            memorized[group["name"]] = group
+        elif group["mode"] == "exploration" and before:
+            group["switched"], before["first"] = before["step"], True
+    return {"name": name, "groups": groups, "all_groups": len(groups),
             "metrics": columns(thin(metrics), [key for *_, key, evaluated, _ in CURVES if not evaluated]),
             "evaluations": columns(read_jsonl(run / "evaluations.jsonl"),
                                    [key for *_, key, evaluated, _ in CURVES if evaluated])}
+
+
+def by_interest(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups that show a switch first; then the others, of which every first part is spread over the run."""
+    golden = (math.sqrt(5) - 1) / 2
+    order = sorted(enumerate(groups), key=lambda x: (not (x[1].keys() & {"switched", "first"}), x[0] * golden % 1))
+    return [group for _, group in order]
+
+
+def fit_groups(shown: list[dict[str, Any]], budget: float) -> float:
+    """Keep of each run's groups what fits `budget` bytes in all; what a short run leaves, the others get."""
+    def size(group: dict[str, Any]) -> int:
+        text = json.dumps(group, separators=(",", ":"))
+        return len(text) + 5 * text.count("<")  # each is written as six characters
+
+    whole, used = [sum(map(size, run["groups"])) for run in shown], 0.0
+    for i, n in enumerate(sorted(range(len(shown)), key=whole.__getitem__)):
+        allowed, run = (budget - used) / (len(shown) - i), shown[n]
+        sizes = itertools.accumulate(map(size, by_interest(run["groups"])))
+        kept = [group for group, end in zip(by_interest(run["groups"]), sizes, strict=True) if end <= allowed]
+        run["groups"] = sorted(kept, key=lambda group: group["step"])
+        used += sum(map(size, kept))
+    return used
 
 
 def thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -343,10 +374,10 @@ def thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]:
-    """Rows as columns, for the keys that any of them has; numbers to four digits."""
+    """Rows as columns, for the keys that any of them has; numbers to six digits."""
     present = [key for key in keys if any(row.get(key) is not None for row in rows)]
     return {"step": [row["step"] for row in rows]} | {
-        key: [None if row.get(key) is None else float(f"{row[key]:.4g}") for row in rows] for key in present}
+        key: [None if row.get(key) is None else float(f"{row[key]:.6g}") for row in rows] for key in present}
 
 
 def describe_group(cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
@@ -371,13 +402,21 @@ def explain_mode(cfg: dict[str, Any], group: dict[str, Any]) -> str:
     idle = ", but all advantages are zero, so there is no gradient." if still else "."
     if not all_of:
         return "SFT imitates the reference, whatever the model would say."
-    if cfg["mode"] != "dyme":
-        return f"{counted}; GRPO compares the responses in any case{idle}"
-    if cfg["switch"] != "any-correct":
-        return f"{counted}; the mode follows from --switch {cfg['switch']}."
-    if not right:
-        return f"{counted}: nothing right to reinforce, so the reference is imitated (Eq. 6)."
-    return f"{counted}: the responses are compared with each other (Eq. 6){idle}"
+    rule, _, value = ("grpo" if cfg["mode"] != "dyme" else cfg["switch"]).partition(":")
+    explored = group["mode"] in ("exploration", "both")
+    reason = {"grpo": "GRPO compares the responses in any case",
+              "explore": "this rule compares the responses in any case",
+              "memorize": "this rule imitates the reference in any case",
+              "anneal": "this rule does both at every step, and imitates less and less",
+              "threshold": f"the whole batch explores once its mean reward reaches {value}: it "
+                           f"{'did' if explored else 'did not'}"}.get(rule)
+    if reason:
+        return f"{counted}; {reason}{idle if explored else '.'}"
+    if right:
+        return f"{counted}: the responses are compared with each other (Eq. 6){idle}"
+    if rule == "budget":
+        return f"{counted}: it waits in the buffer, to be imitated when {value} prompts have failed."
+    return f"{counted}: nothing right to reinforce, so the reference is imitated (Eq. 6)."
 
 
 @contextlib.contextmanager
@@ -390,30 +429,30 @@ def without_downloads() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def add_images(images: dict[str, str], run: Path, cfg: dict[str, Any], groups: list[dict[str, Any]],
-               budget: float) -> None:
-    """Add the pictures of a run's groups as data addresses, as far as its data is at hand and they fit."""
-    missing = {group["image"]: group["name"] for group in groups if group["image"] not in images}
-    if not missing:
-        return
+def add_images(images: dict[str, str], run: Path, cfg: dict[str, Any], described: dict[str, Any],
+               budget: float) -> int:
+    """Add pictures of a run's groups, as data addresses, if its data is at hand and they fit; the bytes used."""
+    described["pictures"], used = "the page would grow too large", 0
     try:
         with without_downloads():
             rows = {row.name: row for row in load_rows(argparse.Namespace(**cfg))[0]}
     except (UserError, OSError) as error:
         print(f"{run}: shown without pictures, as its data is not at hand ({error})", file=sys.stderr)
-        return
-    for key in missing:
-        with contextlib.suppress(UserError, OSError, KeyError):
-            if (opener := rows[missing[key]].image) is None:
-                continue
-            file, image = io.BytesIO(), shrink(opener(), 360).convert("RGB")
-            kind = "PNG" if max(image.size) <= 128 else "JPEG"
-            image.save(file, kind, optimize=True)
-            address = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-            budget -= len(address)
-            if budget < 0:
-                return
-            images[key] = address
+        described["pictures"] = "the run's data was not at hand"
+        return 0
+    for group in by_interest(described["groups"]):
+        opener = rows[group["name"]].image if group["name"] in rows else None
+        if opener is None:
+            group["image"] = None
+        elif group["image"] not in images and used < budget:
+            with contextlib.suppress(UserError, OSError):
+                file, image = io.BytesIO(), shrink(opener(), 480).convert("RGB")
+                kind = "PNG" if max(image.size) <= 128 else "JPEG"
+                image.save(file, kind, optimize=True)
+                address = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+                if (used := used + len(address)) <= budget:
+                    images[group["image"]] = address
+    return used
 
 
 def held_out(run: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -421,40 +460,51 @@ def held_out(run: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["name"], row["question"]): row for row in read_jsonl(run / f"held-out-{step}.jsonl")}
 
 
-def compare_answers(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-    """Answers to the same held-out rows, by the base of the first run and by each run at its end."""
-    steps = [[row["step"] for row in read_jsonl(run / "evaluations.jsonl")] or [0] for run, _ in runs]
-    answers = [held_out(runs[0][0], 0), *(held_out(run, s[-1]) for (run, _), s in zip(runs, steps, strict=True))]
-    rows = {key: row for found in answers for key, row in found.items()}
+def compare_answers(names: list[str], runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Answers to the same held-out rows, by each base and by each run at its last evaluation."""
+    columns: list[dict[str, Any]] = []
+    for name, (run, _) in zip(names, runs, strict=True):
+        base, steps = held_out(run, 0), [row["step"] for row in read_jsonl(run / "evaluations.jsonl")]
+        before = next((i for i, c in enumerate(columns) if c["before"] is None and c["answers"].keys() & base and all(
+            c["answers"][key]["response"] == base[key]["response"] for key in c["answers"].keys() & base)), None)
+        if before is None and base:
+            before = len(columns)
+            columns.append({"name": f"before: {name} at step 0", "before": None, "answers": base})
+        if steps and steps[-1] > 0:
+            after = {"name": f"{name} at step {steps[-1]}", "before": before}
+            columns.append(after | {"answers": held_out(run, steps[-1])})
+    counts = Counter(key for column in columns for key in column["answers"])
+    keys = spread([key for key, count in counts.items() if count == max(counts.values())], ANSWERS)
+    found = [[column["answers"].get(key) for column in columns] for key in keys]
+    return {"columns": [{"name": c["name"], "before": c["before"]} for c in columns], "rows": [
+        {"question": key[1], "answer": next(filter(None, rows))["answer"], "cells": [row and {
+            "text": [[row["response"][:3000], ""]], "r_a": row["strict"], "r_f": row["in_format"],
+            "finished": row["finished"], "quoted": row["quoted_numbers"], "grounded": row["grounded_numbers"]}
+            for row in rows]} for key, rows in zip(keys, found, strict=True)]}
 
-    def cell(row: dict[str, Any] | None) -> dict[str, Any] | None:
-        return row and {"text": [[row["response"], ""]], "right": bool(row["strict"])}
 
-    return {"columns": [f"{runs[0][0]}, step 0"] + [f"{run}, step {s[-1]}" for (run, _), s in
-                                                    zip(runs, steps, strict=True)],
-            "rows": [{"question": row["question"], "answer": row["answer"],
-                      "cells": [cell(found.get(key)) for found in answers]}
-                     for key, row in spread([*rows.items()], ANSWERS)]}
-
-
-def result_table(runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def result_table(names: list[str], runs: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """Last evaluation and time of each run; mean and spread over the seeds of settings that have several."""
     keys, rows, settings = ("strict", "in_format", "groundedness", "length"), [], {}
-    for run, cfg in runs:
-        last, metrics = (read_jsonl(run / f"{name}.jsonl") for name in ("evaluations", "metrics"))
-        scores = [(last or [{}])[-1].get(key) for key in keys]
-        scores.append(sum(v for row in metrics for k, v in row.items() if k.startswith("seconds_")) / 60)
-        rows.append([str(run), cfg["mode"], str(cfg["seed"]), str(len(metrics)), *map(rounded, scores)])
+    for name, (run, cfg) in zip(names, runs, strict=True):
+        evaluations, metrics = (read_jsonl(run / f"{kind}.jsonl") for kind in ("evaluations", "metrics"))
+        last = (evaluations or [{}])[-1]
+        seconds = sum(v for row in metrics for k, v in row.items() if k.startswith("seconds_"))
+        scores = [*(last.get(key) for key in keys), seconds / 60]
+        size = [str(len(metrics)), str(last.get("step", "–")), str(last.get("rows", "–"))]
+        rows.append([name, *map(rounded, scores), cfg["mode"], str(cfg["seed"]), *size])
         setting = {k: v for k, v in cfg.items() if k not in CHANGEABLE_ON_RESUME | {"seed"}}
-        settings.setdefault(json.dumps([len(metrics), setting]), {})[cfg["seed"]] = (str(run), scores)
+        settings.setdefault(json.dumps([size, setting]), {})[cfg["seed"]] = (rows[-1], scores)
     for seeds in settings.values():
         if len(seeds) > 1:
-            names, columns = zip(*seeds.values(), strict=True)
+            likes, columns = zip(*seeds.values(), strict=True)
             values = [[v for v in column if v is not None] for column in zip(*columns, strict=True)]
-            rows.append([f"mean (from – to) of {len(seeds)} seeds like {names[0]}", "", "", "", *(
-                f"{sum(v) / len(v):.3f} ({min(v):.3f} – {max(v):.3f})" if v else "–" for v in values)])
-    return {"columns": ["run", "mode", "seed", "steps", "accuracy", "in format", "groundedness",
-                        "length (tokens)", "minutes in steps"], "rows": rows}
+            spreads = [[*map(rounded, (sum(v) / len(v), min(v), max(v)))] if v else None for v in values]
+            rows.append([f"mean (from – to) of {len(seeds)} seeds like {likes[0][0]}",
+                         *(s and f"{s[0]} ({s[1]} – {s[2]})" or "–" for s in spreads),
+                         likes[0][6], "", *likes[0][8:]])
+    return {"columns": ["run", "accuracy", "in format", "groundedness", "length (tokens)", "minutes in steps", "mode",
+                        "seed", "steps", "evaluated at step", "rows evaluated"], "rows": rows}
 
 
 def rounded(value: float | None) -> str:
@@ -482,39 +532,43 @@ h3 { margin: 0; font-size: 1rem; }
 a { color: var(--accent); } p { max-width: 48rem; overflow-wrap: anywhere; } .soft { color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: 1rem; margin: .5rem 0; }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: .75rem 0; }
-.controls label { display: inline-flex; gap: .4rem; align-items: center; overflow-wrap: anywhere; }
-button, select { font: inherit; max-width: 100%; min-height: 2.25rem; padding: .2rem .7rem; color: inherit; background: var(--card);
-  border: 1px solid var(--soft); border-radius: .4rem; }
+.controls label { display: inline-flex; gap: .4rem; align-items: center; max-width: 100%; overflow-wrap: anywhere; }
+button, select { font: inherit; max-width: 100%; min-width: 0; min-height: 2.25rem; padding: .2rem .7rem;
+  color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: .4rem; }
 button[aria-disabled=true] { color: var(--soft); border-style: dotted; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 #charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; min-width: 0; }
-.card > svg { width: 100%; height: auto; display: block; } .card svg text { fill: var(--soft); font-size: 11px; }
+.card > svg { width: 100%; height: auto; display: block; touch-action: pan-y; }
+.card svg text { fill: var(--soft); font-size: 11px; }
 .legend { list-style: none; margin: .25rem 0 0; padding: 0; font-size: .85rem; }
 .legend li { display: flex; gap: .4rem; align-items: center; } .legend svg, #shown svg { flex: none; }
-.legend span { overflow-wrap: anywhere; } .legend b { margin-left: auto; font-variant-numeric: tabular-nums; }
-#group { display: grid; grid-template-columns: minmax(0, 17rem) minmax(0, 1fr); gap: 1rem; }
+.legend span { overflow-wrap: anywhere; } .legend .at { margin-left: auto; } .legend b { margin-left: auto; }
+.legend b { font-variant-numeric: tabular-nums; } .legend .at + b { margin-left: 0; }
+#group { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem; }
 #group img { width: 100%; image-rendering: auto; background: #fff; border: 1px solid var(--line); }
-#group img.small { image-rendering: pixelated; }
-@media (max-width: 45rem) {
-  #group { grid-template-columns: minmax(0, 1fr); } #group img.small { max-width: 12rem; }
-}
+#group.small { grid-template-columns: minmax(0, 16rem) minmax(0, 1fr); }
+#group.small img { image-rendering: pixelated; max-width: 16rem; }
+@media (max-width: 45rem) { #group, #group.small { grid-template-columns: minmax(0, 1fr); } }
 dl { margin: 0; } dt { font-size: .8rem; color: var(--soft); } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .why { border-left: 4px solid var(--accent); padding-left: .75rem; margin: 0 0 .75rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: .9rem/1.45 ui-monospace, monospace; margin: .25rem 0; }
 .response { border-top: 1px solid var(--line); padding: .5rem 0; }
-.facts { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; align-items: center; }
+.facts { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .85rem; align-items: center;
+  font-variant-numeric: tabular-nums; } .facts .right, .facts .wrong { min-width: 9.5rem; }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 mark { color: inherit; border-radius: .2rem; padding: 0 .15rem; }
 mark.yes { background: var(--goodbg); border-bottom: 2px solid var(--good); }
-mark.no { background: var(--badbg); border-bottom: 2px dashed var(--bad); }
+mark.no { background: var(--badbg); border: 2px dashed var(--bad); }
 .bar { position: relative; width: 9rem; height: .8rem; border: 1px solid var(--soft); }
-.bar i { position: absolute; top: 0; bottom: 0; }
+.bar i { position: absolute; top: 0; bottom: 0; } .unused { opacity: .45; }
 .bar::after { content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; border-left: 1px solid; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td .text { min-width: 14rem; }
+th[scope=row] { position: sticky; left: 0; min-width: 7.5rem; max-width: 40vw; background: var(--bg); overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
+td .text { min-width: 14rem; }
 </style>
 </head>
 <body>
@@ -522,17 +576,18 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } 
 <h1>DyME report</h1>
 <p id="summary"></p>
 <nav aria-label="Sections"><a href="#curves">Curves</a><a href="#viewer">Groups</a>
-<a href="#answers">Before and after</a><a href="#numbers">Table</a></nav>
+<a href="#numbers">Table</a><a href="#answers">Before and after</a></nav>
 </header>
 <main>
 <section id="curves" aria-labelledby="h-curves">
 <h2 id="h-curves">Curves</h2>
-<p class="soft">Point at a chart, or move the slider, to read all of them at one step. Evaluations are on held-out
-rows; the rest is over the prompts of each step.</p>
+<p class="soft">Point at or tap a chart, or move the slider, to read all of them at one step: below each chart are the
+means of the last steps, as smoothed, or the last evaluation until then. Evaluations are on held-out rows; the rest is
+over the prompts of each step.</p>
 <div class="controls">
 <label>Smooth over <select id="smooth"><option value="1">1 step</option><option value="10">10 steps</option>
 <option value="25" selected>25 steps</option><option value="50">50 steps</option></select></label>
-<label><input type="checkbox" id="normalise"> share memorized relative to its start</label>
+<label><input type="checkbox" id="normalise"> share memorized relative to its first 10 steps</label>
 <label>Step <input type="range" id="step" min="0" value="0"> <span id="at"></span></label>
 </div>
 <div class="controls" id="shown" role="group" aria-label="Runs shown"></div>
@@ -541,8 +596,8 @@ rows; the rest is over the prompts of each step.</p>
 <section id="viewer" aria-labelledby="h-viewer">
 <h2 id="h-viewer">Groups</h2>
 <p class="soft">One prompt of a step, with all its sampled responses. Numbers of a trace that are in the image, or
-rightly computed from such, look like <mark class="yes">7</mark>; numbers that are not look like
-<mark class="no">4</mark>: that is pseudo thinking.</p>
+rightly computed from such, look like <mark class="yes">7</mark>, even if it says them of the wrong thing; numbers that
+are not look like <mark class="no">4</mark>: that is pseudo thinking. Without visual facts none is marked.</p>
 <div class="controls">
 <label>Run <select id="run"></select></label>
 <label>Mode <select id="mode"><option value="">any</option><option>exploration</option>
@@ -559,18 +614,19 @@ rightly computed from such, look like <mark class="yes">7</mark>; numbers that a
 </div>
 <div id="group"></div>
 </section>
-<section id="answers" aria-labelledby="h-answers">
-<h2 id="h-answers">Before and after</h2>
-<div class="controls"><label>Show <select id="changed"><option value="">all</option>
-<option value="mended">wrong before, right after</option>
-<option value="broken">right before, wrong after</option><option value="wrong">wrong after</option></select></label>
-<span id="answered" role="status"></span></div>
-<div class="scroll" role="region" aria-label="Answers" tabindex="0"><table id="compared"></table></div>
-</section>
 <section id="numbers" aria-labelledby="h-numbers">
 <h2 id="h-numbers">Table</h2>
 <p class="soft">Last evaluation on held-out rows, greedy. Spread is the range over seeds of the same settings.</p>
 <div class="scroll" role="region" aria-label="Results" tabindex="0"><table id="results"></table></div>
+</section>
+<section id="answers" aria-labelledby="h-answers">
+<h2 id="h-answers">Before and after</h2>
+<div class="controls"><label>Run <select id="of"></select></label>
+<label>Show <select id="changed"><option value="">all</option>
+<option value="mended">wrong before, right after</option>
+<option value="broken">right before, wrong after</option><option value="wrong">wrong after</option></select></label>
+<span id="answered" role="status"></span></div>
+<div class="scroll" role="region" aria-label="Answers" tabindex="0"><table id="compared"></table></div>
 </section>
 </main>
 <script type="application/json" id="data">DATA</script>
@@ -609,7 +665,7 @@ function marked(parts) {
 }
 const stroke = i => ({
   stroke: colors[i % colors.length],
-  "stroke-dasharray": dashes[Math.floor(i / colors.length) % dashes.length],
+  "stroke-dasharray": dashes[(Math.floor(i / 2) + Math.floor(i / colors.length)) % dashes.length],
 });
 const sample = i =>
   make(
@@ -639,16 +695,15 @@ function smoothed(xs, ys, width) {
 }
 function series(chart, run) {
   const source = chart.evaluated ? run.evaluations : run.metrics;
-  const raw = source[chart.key] || source.step.map(() => null);
-  const width = Number($("smooth").value);
-  let smooth = chart.evaluated || width === 1 ? raw : smoothed(source.step, raw, width),
-    shown = raw;
+  let raw = source[chart.key] || source.step.map(() => null);
   if (chart.key === "memorized" && $("normalise").checked) {
-    const scale = smooth.find(y => y) || 1;
-    smooth = smooth.map(y => (y == null ? y : y / scale));
-    shown = raw.map(y => (y == null ? y : y / scale));
+    const start = raw.filter((y, j) => y != null && source.step[j] < source.step[0] + 10);
+    const scale = start.reduce((a, b) => a + b, 0) / start.length;
+    raw = raw.map(y => (y == null || !scale ? null : y / scale));
   }
-  return {xs: source.step, raw: shown, smooth};
+  const width = Number($("smooth").value);
+  const smooth = chart.evaluated || width === 1 ? raw : smoothed(source.step, raw, width);
+  return {xs: source.step, raw, smooth};
 }
 function path(xs, ys, x, y) {
   let d = "",
@@ -673,97 +728,104 @@ function ticks(low, high) {
 }
 function draw() {
   $("charts").replaceChildren(
-    ...data.charts
-      .map((chart, number) => {
-        const curves = runs.map((run, i) => (hidden.has(i) ? null : series(chart, run)));
-        const values = curves.flatMap(c => (c ? [...c.smooth, ...c.raw] : [])).filter(v => v != null);
-        if (!values.length) return "";
-        const low = Math.min(0, ...values),
-          top = Math.max(...values),
-          high = chart.share && top <= 1 && low >= 0 ? 1 : top * 1.05 || 1;
-        const x = s => 42 + (290 * s) / last,
-          y = v => 168 - (156 * (v - low)) / (high - low);
-        const svg = make("svg", {
-          viewBox: "0 0 350 204",
-          role: "img",
-          "aria-label": `${chart.title} by step; values are listed below`,
-        });
-        for (const t of ticks(low, high))
+    ...data.charts.map((chart, number) => {
+      const curves = runs.map((run, i) => (hidden.has(i) ? null : series(chart, run)));
+      const values = curves.flatMap(c => (c ? [...c.smooth, ...c.raw] : [])).filter(v => v != null);
+      const unit =
+        chart.key === "memorized" && $("normalise").checked
+          ? "relative to the mean of the first 10 steps"
+          : chart.unit;
+      const title = [make("h3", {id: `chart-${number}`}, chart.title), make("div", {class: "soft"}, unit)];
+      if (!values.length) {
+        const none = make(
+          "div",
+          {class: "card"},
+          ...title,
+          make("p", {}, "The runs shown have no values here yet."),
+        );
+        none.move = () => {};
+        return none;
+      }
+      const low = Math.min(0, ...values),
+        top = Math.max(...values),
+        high = chart.share && top <= 1 && low >= 0 ? 1 : top * 1.05 || 1;
+      const x = s => 42 + (290 * s) / last,
+        y = v => 168 - (156 * (v - low)) / (high - low);
+      const svg = make("svg", {
+        viewBox: "0 0 350 204",
+        role: "img",
+        "aria-label": `${chart.title} by step; values are listed below`,
+      });
+      for (const t of ticks(low, high))
+        svg.append(
+          make("line", {x1: 42, x2: 332, y1: y(t), y2: y(t), stroke: "var(--line)"}),
+          make("text", {x: 37, y: y(t) + 4, "text-anchor": "end"}, String(t)),
+        );
+      for (const t of ticks(0, last).filter(Number.isInteger))
+        svg.append(make("text", {x: x(t), y: 183, "text-anchor": "middle"}, String(t)));
+      svg.append(make("text", {x: 187, y: 199, "text-anchor": "middle"}, "optimisation step"));
+      curves.forEach((c, i) => {
+        if (!c) return;
+        if (c.raw !== c.smooth)
           svg.append(
-            make("line", {x1: 42, x2: 332, y1: y(t), y2: y(t), stroke: "var(--line)"}),
-            make("text", {x: 37, y: y(t) + 4, "text-anchor": "end"}, String(t)),
+            make("path", {
+              d: path(c.xs, c.raw, x, y),
+              fill: "none",
+              "stroke-width": 1,
+              opacity: 0.22,
+              ...stroke(i),
+            }),
           );
-        for (const t of ticks(0, last).filter(Number.isInteger))
-          svg.append(make("text", {x: x(t), y: 183, "text-anchor": "middle"}, String(t)));
-        svg.append(make("text", {x: 187, y: 199, "text-anchor": "middle"}, "optimisation step"));
-        curves.forEach((c, i) => {
-          if (!c) return;
-          if (c.raw !== c.smooth)
-            svg.append(
-              make("path", {
-                d: path(c.xs, c.raw, x, y),
-                fill: "none",
-                "stroke-width": 1,
-                opacity: 0.22,
-                ...stroke(i),
-              }),
-            );
-          svg.append(
-            make("path", {d: path(c.xs, c.smooth, x, y), fill: "none", "stroke-width": 2, ...stroke(i)}),
+        svg.append(
+          make("path", {d: path(c.xs, c.smooth, x, y), fill: "none", "stroke-width": 2, ...stroke(i)}),
+        );
+        if (c.xs.length <= 12)
+          c.xs.forEach(
+            (s, j) =>
+              c.smooth[j] == null ||
+              svg.append(make("circle", {cx: x(s), cy: y(c.smooth[j]), r: 3, fill: stroke(i).stroke})),
           );
-          if (c.xs.length <= 12)
-            c.xs.forEach(
-              (s, j) =>
-                c.smooth[j] == null ||
-                svg.append(make("circle", {cx: x(s), cy: y(c.smooth[j]), r: 3, fill: stroke(i).stroke})),
-            );
-        });
-        const line = make("line", {
-          y1: 12,
-          y2: 168,
-          stroke: "var(--fg)",
-          "stroke-dasharray": "2 2",
-          class: "cursor",
-        });
-        svg.append(line);
-        svg.addEventListener("pointermove", event => {
+      });
+      const line = make("line", {
+        y1: 12,
+        y2: 168,
+        stroke: "var(--fg)",
+        "stroke-dasharray": "2 2",
+        class: "cursor",
+      });
+      svg.append(line);
+      for (const kind of ["pointerdown", "pointermove"])
+        svg.addEventListener(kind, event => {
           const box = svg.getBoundingClientRect();
           point(((((event.clientX - box.left) / box.width) * 350 - 42) / 290) * last);
         });
-        const list = make("ul", {class: "legend"});
-        const card = make(
-          "div",
-          {class: "card"},
-          make("h3", {id: `chart-${number}`}, chart.title),
-          make("div", {class: "soft"}, chart.unit),
-          svg,
-          list,
+      const list = make("ul", {class: "legend"});
+      const card = make("div", {class: "card"}, ...title, svg, list);
+      card.move = () => {
+        line.setAttribute("x1", x(cursor));
+        line.setAttribute("x2", x(cursor));
+        list.replaceChildren(
+          ...curves
+            .map((c, i) => {
+              if (!c) return "";
+              let k = -1;
+              c.xs.forEach((s, j) => {
+                if (s <= cursor && c.smooth[j] != null) k = j;
+              });
+              return make(
+                "li",
+                {},
+                sample(i),
+                make("span", {}, runs[i].name),
+                chart.evaluated && k >= 0 ? make("span", {class: "soft at"}, `step ${c.xs[k]}`) : null,
+                make("b", {}, show(c.smooth[k])),
+              );
+            })
+            .filter(Boolean),
         );
-        card.move = () => {
-          line.setAttribute("x1", x(cursor));
-          line.setAttribute("x2", x(cursor));
-          list.replaceChildren(
-            ...curves
-              .map((c, i) => {
-                if (!c || !c.smooth.some(v => v != null)) return "";
-                let k = -1;
-                c.xs.forEach((s, j) => {
-                  if (s <= cursor && c.smooth[j] != null) k = j;
-                });
-                return make(
-                  "li",
-                  {},
-                  sample(i),
-                  make("span", {}, runs[i].name),
-                  make("b", {}, show(c.smooth[k])),
-                );
-              })
-              .filter(Boolean),
-          );
-        };
-        return card;
-      })
-      .filter(Boolean),
+      };
+      return card;
+    }),
   );
   point(cursor);
 }
@@ -779,31 +841,29 @@ let groups = [],
   place = 0;
 function filter() {
   const run = runs[$("run").value],
-    mode = $("mode").value,
-    verdict = $("verdict").value;
+    step = groups[place] ? groups[place].step : 0;
+  const found = new Set(run.groups.map(g => g.mode));
+  for (const option of $("mode").options)
+    option.disabled = option.value && option.value !== $("mode").value && !found.has(option.value);
   groups = run.groups.filter(g => {
     const right = g.responses.filter(r => r.r_a > 0).length,
-      all = g.responses.length;
+      all = g.responses.length,
+      mode = $("mode").value,
+      verdict = $("verdict").value;
     const fits = {none: right === 0, some: right > 0, all: right === all};
     return (!mode || g.mode === mode) && (!verdict || (all > 0 && fits[verdict]));
   });
   $("which").max = Math.max(0, groups.length - 1);
-  go(0);
+  const next = groups.findIndex(g => g.step >= step);
+  go(next < 0 ? groups.length - 1 : next);
 }
 function jump() {
-  const memorized = new Set(),
-    all = runs[$("run").value].groups;
-  const found = all.filter(g => {
-    const back = g.mode === "exploration" && memorized.has(g.name);
-    if (g.mode === "memorization") memorized.add(g.name);
-    else memorized.delete(g.name);
-    return back;
-  });
   $("mode").value = $("verdict").value = "";
-  const here = groups[place];
+  const step = groups[place] ? groups[place].step : -1;
   filter();
-  const next = found.find(g => here && g.step > here.step) || found[0];
-  if (next) go(all.indexOf(next));
+  const found = groups.filter(g => g.switched != null);
+  const next = found.find(g => g.step > step) || found[0];
+  if (next) go(groups.indexOf(next));
   else $("place").textContent = "No prompt of this run was seen memorized and then explored.";
 }
 function go(to) {
@@ -812,21 +872,30 @@ function go(to) {
   $("previous").setAttribute("aria-disabled", place <= 0);
   $("next").setAttribute("aria-disabled", place >= groups.length - 1);
   if (!groups.length) {
-    $("place").textContent = "No group fits.";
+    $("place").textContent = runs[$("run").value].groups.length
+      ? "No group fits."
+      : "This run has no groups yet.";
     $("group").replaceChildren();
     return;
   }
   const g = groups[place],
     image = data.images[g.image];
   const run = runs[$("run").value],
-    left = run.all_groups > run.groups.length ? ` (the run has ${run.all_groups}, not all fit this page)` : "";
-  $("place").textContent = `Step ${g.step}; group ${place + 1} of ${groups.length}${left}`;
+    filtered = groups.length < run.groups.length,
+    left =
+      run.all_groups > run.groups.length && !filtered
+        ? ` (of the run's ${run.all_groups}; more would not fit)`
+        : "";
+  const since = g.switched == null ? "" : `; memorized before, at step ${g.switched}`;
+  $("place").textContent = `Step ${g.step}; group ${place + 1} of ${groups.length}${left}${since}`;
   const term = (name, ...value) => [make("dt", {}, name), make("dd", {}, ...value)];
   const picture = image
     ? make("img", {src: image, alt: "Image of this question"})
-    : null;
-  if (picture)
-    picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 200));
+    : g.image && make("p", {class: "soft"}, `Picture left out: ${run.pictures}.`);
+  $("group").classList.toggle("small", !image);
+  if (image)
+    picture.addEventListener("load", () => $("group").classList.toggle("small", picture.naturalWidth < 200));
+  const used = g.mode === "exploration" || g.mode === "both"; // else only the target enters the loss
   const top = Math.max(0.01, ...g.responses.map(r => Math.abs(r.advantage)));
   $("group").replaceChildren(
     make(
@@ -856,11 +925,16 @@ function go(to) {
             {class: "facts"},
             make("strong", {}, `y${k + 1}`),
             make("span", {class: r.r_a > 0 ? "right" : "wrong"}, verdict(r)),
+            bar(r.advantage / top, used),
+            make(
+              "span",
+              {},
+              `advantage ${r.advantage < 0 ? "" : "+"}${show(r.advantage)}${used ? "" : ", not used"}`,
+            ),
             make("span", {}, `r_a ${show(r.r_a)}`),
             make("span", {}, `r_t ${show(r.r_t)}`),
+            make("span", {}, `r_f ${show(r.r_f)}`),
             make("span", {}, `r ${show(r.reward)}`),
-            make("span", {}, `advantage ${show(r.advantage)}`),
-            bar(r.advantage / top),
           ),
           marked(r.text),
         ),
@@ -872,29 +946,35 @@ function verdict(r) {
   if (r.r_a > 0) return "✓ right";
   return !r.finished ? "✗ cut off" : r.r_f > 0 ? "✗ wrong" : "✗ not in the format";
 }
-function bar(share) {
+function bar(share, used) {
   const fill = make("i");
   fill.style.left = `${Math.min(50, 50 + 50 * share)}%`;
   fill.style.width = `${50 * Math.abs(share)}%`;
   fill.style.background = `var(${share < 0 ? "--bad" : "--good"})`;
-  return make("div", {class: "bar", "aria-hidden": "true"}, fill);
+  return make("div", {class: used ? "bar" : "bar unused", "aria-hidden": "true"}, fill);
 }
 
 // ---- Before and after, and the table
 function compare() {
-  const rows = data.answers.rows.filter(row => {
-    const before = row.cells[0],
-      after = row.cells.slice(1).filter(Boolean),
-      want = $("changed").value;
-    return (
-      !want ||
-      (want === "wrong"
-        ? after.some(c => !c.right)
-        : before && before.right === (want === "broken") && after.some(c => c.right === (want === "mended")))
-    );
-  });
-  $("answered").textContent = `${rows.length} of ${data.answers.rows.length} rows`;
-  const head = ["Question", ...data.answers.columns].map(name => make("th", {scope: "col"}, name));
+  const chosen = $("of").value === "" ? null : Number($("of").value),
+    want = $("changed").value;
+  const columns = data.answers.columns.map((column, i) => ({...column, i}));
+  const after = columns.filter(c => c.before != null && (chosen === null || c.i === chosen));
+  const kept = columns.filter(c => chosen === null || c.i === chosen || after.some(a => a.before === c.i));
+  const rows = data.answers.rows.filter(row =>
+    after.some(column => {
+      const old = row.cells[column.before],
+        now = row.cells[column.i];
+      if (!want || !now) return !want;
+      return want === "wrong"
+        ? !now.r_a
+        : old && !!now.r_a === (want === "mended") && !!old.r_a !== !!now.r_a;
+    }),
+  );
+  $("answered").textContent = after.length
+    ? `${rows.length} of ${data.answers.rows.length} rows`
+    : "No run has been evaluated after its start yet.";
+  const head = ["Question", ...kept.map(column => column.name)].map(name => make("th", {scope: "col"}, name));
   $("compared").replaceChildren(
     make("thead", {}, make("tr", {}, ...head)),
     make(
@@ -905,16 +985,18 @@ function compare() {
           "tr",
           {},
           make("th", {scope: "row"}, row.question, make("div", {class: "soft"}, `answer: ${row.answer}`)),
-          ...row.cells.map(cell =>
-            cell
-              ? make(
-                  "td",
-                  {},
-                  make("span", {class: cell.right ? "right" : "wrong"}, cell.right ? "✓ right" : "✗ wrong"),
-                  marked(cell.text),
-                )
-              : make("td", {}, "–"),
-          ),
+          ...kept.map(({i}) => {
+            const cell = row.cells[i];
+            if (!cell) return make("td", {}, "–");
+            const numbers = cell.quoted ? ` ${cell.grounded} of ${cell.quoted} numbers in the image` : "";
+            return make(
+              "td",
+              {},
+              make("span", {class: cell.r_a ? "right" : "wrong"}, verdict(cell)),
+              make("span", {class: "soft"}, numbers),
+              marked(cell.text),
+            );
+          }),
         ),
       ),
     ),
@@ -938,6 +1020,10 @@ function fill(node, {columns, rows}) {
 }
 
 $("summary").textContent = data.summary;
+$("of").append(make("option", {value: ""}, "any"));
+data.answers.columns.forEach((column, i) => {
+  if (column.before != null) $("of").append(make("option", {value: i}, column.name));
+});
 runs.forEach((run, i) => {
   const box = make("input", {type: "checkbox", checked: ""});
   box.addEventListener("change", () => {
@@ -956,7 +1042,7 @@ $("which").addEventListener("input", () => go(Number($("which").value)));
 $("previous").addEventListener("click", () => go(place - 1));
 $("next").addEventListener("click", () => go(place + 1));
 $("switched").addEventListener("click", jump);
-$("changed").addEventListener("change", compare);
+for (const id of ["of", "changed"]) $(id).addEventListener("change", compare);
 draw();
 filter();
 compare();

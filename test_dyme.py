@@ -24,8 +24,10 @@ import time
 import urllib.parse
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,11 +46,14 @@ from transformers import (
 import dyme
 import eval as evaluation
 import reward
-from dyme import Config, Sequence, UserError
+from dyme import Config, Policy, Sequence, UserError
 from reward import Example, verify
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 CPU = torch.device("cpu")
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+Row = dict[str, Any]
 
 
 # ---- Rewards -------------------------------------------------------------------------------------
@@ -59,7 +65,7 @@ CPU = torch.device("cpu")
     ("42%", "0.42", True), ("42%", "42", False), ("-3", "3", False), ("0", "0", True), ("0.0", "0", False),
     ("France", "france", True), ("Francs", "France", False), ("1,000", "1000", False), ("2010", "2009", True),
 ])
-def test_relaxed_match_is_the_official_metric(prediction, target, right):
+def test_relaxed_match_is_the_official_metric(prediction: str, target: str, right: bool) -> None:
     assert reward.relaxed_match(prediction, target) is right
 
 
@@ -69,7 +75,7 @@ def test_relaxed_match_is_the_official_metric(prediction, target, right):
     ("[Cape Verde, United Kingdom]", "[Cape Verde, United Kingdom]"), ("22, 35", "[22, 35]"), ("[22,35]", "[22, 35]"),
     ("[1,234, 5]", "[1234, 5]"), ("120, 130", "[120,130]"), ("Chain stores*", "Chain stores*"),
 ])
-def test_verify_forgives_formatting(answer, target):
+def test_verify_forgives_formatting(answer: str, target: str) -> None:
     assert verify(f"Some thinking.\nAnswer: {answer}", Example("Q?", target)).correct
 
 
@@ -78,11 +84,11 @@ def test_verify_forgives_formatting(answer, target):
     ("42 million", "42"), ("Norway", "Sweden"), ("[35, 22]", "[22, 35]"), ("22", "[22, 35]"), ("1e3", "1000"),
     ("1_000", "1000"), ("nan", "5"), ("5.0001", "5"), ("12", "1|2"), ("", "5"),
 ])
-def test_verify_never_forgives_a_wrong_value(answer, target):
+def test_verify_never_forgives_a_wrong_value(answer: str, target: str) -> None:
     assert not verify(f"Answer: {answer}", Example("Q?", target)).correct
 
 
-def test_verify_wants_one_flag_and_an_end():
+def test_verify_wants_one_flag_and_an_end() -> None:
     example = Example("Q?", "12")
     assert verify("So it is 12.\nanswer: 12", example) == reward.Verdict(True, "12", True)
     assert verify("12", example) == reward.Verdict(False, None, False)
@@ -92,14 +98,14 @@ def test_verify_wants_one_flag_and_an_end():
     assert reward.final_answer("x Answer: 3 Answer: 4") == "4" and reward.final_answer("just 5") == "just 5"
 
 
-def test_thinking_f1_by_hand():
+def test_thinking_f1_by_hand() -> None:
     assert reward.thinking_f1("red is 3\nAnswer: 9", "red is 4") == pytest.approx(2 / 3)  # 2 of 3 tokens, both ways
     assert reward.thinking_f1("red red", "red blue green") == pytest.approx(2 * 1 / 5)
     assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
     assert reward.thinking_f1("1,234", "1,234.5") == 0
 
 
-def test_groundedness_by_hand():
+def test_groundedness_by_hand() -> None:
     facts = "red 3, blue 4, green 9"
     assert reward.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
     assert reward.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
@@ -109,7 +115,7 @@ def test_groundedness_by_hand():
     assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
 
 
-def test_traces_from_tables_quote_the_cells_and_explain_the_answer():
+def test_traces_from_tables_quote_the_cells_and_explain_the_answer() -> None:
     table = [["Country", "2010", "2011"], ["France", "28", "29"], ["Italy", "43%", "33"], ["Spain", "10", "12"]]
     assert reward.table_facts(table).splitlines()[1] == "Italy: 2010 = 43%, 2011 = 33"
     sum_trace = reward.chart_trace(table, "What is the sum of France and Italy in 2010?", "71")
@@ -122,7 +128,7 @@ def test_traces_from_tables_quote_the_cells_and_explain_the_answer():
 # ---- Data ----------------------------------------------------------------------------------------
 
 
-def test_toy_is_deterministic_and_splits_do_not_overlap():
+def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
     train, val, test = (reward.toy_examples(split) for split in ("train", "val", "test"))
     assert len(train) == 512 and len(val) >= 512 and len(test) >= 512
     assert [e.hint for e in train] == [e.hint for e in reward.toy_examples("train")]
@@ -134,14 +140,14 @@ def test_toy_is_deterministic_and_splits_do_not_overlap():
 
 
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.25), ("low", 0.5)])
-def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces, share):
+def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces: str, share: float) -> None:
     examples = reward.toy_examples("train", traces)
     pseudo = sum(reward.groundedness(e.hint, e.facts)[0] < reward.groundedness(e.hint, e.facts)[1] for e in examples)
     assert pseudo / len(examples) == pytest.approx(share, abs=0.06)
     assert all(verify(dyme.reference_response(e), e).correct for e in examples)
 
 
-def test_toy_bars_can_be_read_off_the_picture():
+def test_toy_bars_can_be_read_off_the_picture() -> None:
     chart = reward.Chart({"red": 3, "blue": 9, "green": 1, "cyan": 5})
     pixels = np.array(chart.draw())
     for i, (name, value) in enumerate(chart.values.items()):
@@ -150,7 +156,7 @@ def test_toy_bars_can_be_read_off_the_picture():
         assert (column[:52] == color).all(1).sum() == 5 * value + 1
 
 
-def make_chartqa(root, splits=("train", "val", "test"), rows=6):
+def make_chartqa(root: Path, splits: tuple[str, ...] = ("train", "val", "test"), rows: int = 6) -> Path:
     for split in splits:
         for folder in ("png", "tables"):
             (root / split / folder).mkdir(parents=True)
@@ -165,7 +171,7 @@ def make_chartqa(root, splits=("train", "val", "test"), rows=6):
     return root
 
 
-def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path, capsys):
+def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path: Path, capsys: Capture) -> None:
     root = make_chartqa(tmp_path / "ChartQA Dataset")
     archive = tmp_path / "data.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -181,7 +187,7 @@ def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path, capsys):
     assert "2020 (Total) = 7" in local[0].hint and {e.source for e in local} == {"human", "augmented"}
 
 
-def test_chartqa_without_val_holds_images_back(tmp_path):
+def test_chartqa_without_val_holds_images_back(tmp_path: Path) -> None:
     root = make_chartqa(tmp_path, splits=("train",), rows=20)
     train, val = (reward.load_data(str(root), split) for split in ("train", "val"))
     assert len(train) == 18 and len(val) == 2 and {e.question for e in train}.isdisjoint(e.question for e in val)
@@ -189,7 +195,7 @@ def test_chartqa_without_val_holds_images_back(tmp_path):
         reward.load_data(str(root), "test")
 
 
-def test_chartqa_hints_join_by_question_and_answer(tmp_path, capsys):
+def test_chartqa_hints_join_by_question_and_answer(tmp_path: Path, capsys: Capture) -> None:
     root = make_chartqa(tmp_path / "data")
     hints = [{"question": "Total in 2020? (0)", "answer": "7", "hint": "Look."},
              {"question": "Total in 2020? (1)", "answer": "7", "hint": "One."},
@@ -201,7 +207,7 @@ def test_chartqa_hints_join_by_question_and_answer(tmp_path, capsys):
     assert dyme.reference_response(rows[1]) == "Answer: 7"
 
 
-def test_own_rows_and_what_is_wrong_with_them(tmp_path):
+def test_own_rows_and_what_is_wrong_with_them(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     rows = [{"question": f"q{i}", "answer": i, "image": "a.png" if i < 2 else None, "hint": "h"} for i in range(12)]
     path = tmp_path / "rows.jsonl"
@@ -223,7 +229,7 @@ def test_own_rows_and_what_is_wrong_with_them(tmp_path):
     ({"imgname": "../../secret.png"}, "outside its folder"), ({"imgname": "none.png"}, "missing or unreadable"),
     ({"query": None}, "needs `imgname`"),
 ])
-def test_bad_chartqa_rows_are_named(tmp_path, change, says):
+def test_bad_chartqa_rows_are_named(tmp_path: Path, change: Row, says: str) -> None:
     root = make_chartqa(tmp_path)
     file = root / "train" / "train_human.json"
     rows = json.loads(file.read_text())
@@ -234,7 +240,7 @@ def test_bad_chartqa_rows_are_named(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("text", ["null", "3", "{", "[3]"])
-def test_a_broken_chartqa_file_is_one_line(tmp_path, text):
+def test_a_broken_chartqa_file_is_one_line(tmp_path: Path, text: str) -> None:
     root = make_chartqa(tmp_path)
     (root / "train" / "train_human.json").write_text(text)
     with pytest.raises(UserError, match="train_human.json"):
@@ -242,7 +248,7 @@ def test_a_broken_chartqa_file_is_one_line(tmp_path, text):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_real_charts_and_released_traces(capsys):
+def test_real_charts_and_released_traces(capsys: Capture) -> None:
     data = str(SHARED / "chartqa-sample")
     rows = [e for split in ("train", "val", "test") for e in reward.load_data(data, split, augmented=True)]
     assert len(rows) == 16 + 40 + 5 + 12 + 52 + 25 and all(e.image().size[0] > 64 for e in rows[:5])
@@ -254,7 +260,7 @@ def test_real_charts_and_released_traces(capsys):
 # ---- Advantages, switch, loss --------------------------------------------------------------------
 
 
-def test_group_advantages_by_hand():
+def test_group_advantages_by_hand() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3], [2.0, 1.0, 1.0, 0.0]])
     advantages = dyme.group_advantages(rewards, eps=0.0)
     assert torch.allclose(advantages[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
@@ -265,12 +271,12 @@ def test_group_advantages_by_hand():
     assert dyme.no_variance(rewards).tolist() == [False, True, False]
 
 
-def test_the_switch_explores_if_any_response_is_right():
+def test_the_switch_explores_if_any_response_is_right() -> None:
     correct = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 1, 1]])
     assert dyme.choose_mode(correct).tolist() == [False, True, True]
 
 
-def test_exploration_sequences_leave_out_what_has_no_weight():
+def test_exploration_sequences_leave_out_what_has_no_weight() -> None:
     ids, explore = [[1], [2], [3], [4], [5], [6]], torch.tensor([True, False])
     advantages = torch.tensor([[1.5, 0.0, -1.5], [1.0, 0.0, -1.0]])
     assert dyme.exploration_sequences(ids, advantages, explore) == [
@@ -278,7 +284,7 @@ def test_exploration_sequences_leave_out_what_has_no_weight():
     assert len(dyme.exploration_sequences(ids, advantages, explore, keep_zeros=True)) == 3
 
 
-def test_policy_loss_by_hand():
+def test_policy_loss_by_hand() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -3.0, -5.0]], requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     weights, explore = torch.tensor([0.5, 0.25]), torch.tensor([True, False])
@@ -289,7 +295,7 @@ def test_policy_loss_by_hand():
     assert torch.allclose(logprobs.grad, expected)
 
 
-def test_memorizing_is_exploring_one_sample_with_advantage_one():  # Eq. 4-5
+def test_memorizing_is_exploring_one_sample_with_advantage_one() -> None:  # Eq. 4-5
     logprobs, grads = torch.randn(2, 5).log_softmax(1), []
     for explore in (True, False):
         x = logprobs.clone().requires_grad_()
@@ -298,7 +304,7 @@ def test_memorizing_is_exploring_one_sample_with_advantage_one():  # Eq. 4-5
     assert torch.allclose(*grads)
 
 
-def test_kl_estimate_is_zero_for_equal_models_and_unbiased():
+def test_kl_estimate_is_zero_for_equal_models_and_unbiased() -> None:
     p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
     assert (dyme.kl_estimate(p, p) == 0).all() and (dyme.kl_estimate(p, q) > 0).all()
     assert (p.exp() * dyme.kl_estimate(p, q)).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
@@ -315,7 +321,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 FAMILIES = ("idefics3", "smolvlm", "llava_onevision", "qwen2_5_vl")
 
 
-def tiny_family(family):
+def tiny_family(family: str) -> torch.nn.Module:
     """A random model of a family, in float64."""
     if family == "llava_onevision":
         settings = {"image_token_index": IMAGE, "image_grid_pinpoints": [[16, 16]], "vision_feature_layer": -1,
@@ -336,7 +342,7 @@ def tiny_family(family):
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
 
 
-def family_inputs(family, text, seed):
+def family_inputs(family: str, text: list[int], seed: int) -> dict[str, Tensor]:
     """One prompt: an image, then text ids; what the family's processor would make of it."""
     generator = torch.Generator().manual_seed(seed)
     if family == "llava_onevision":
@@ -356,14 +362,14 @@ def family_inputs(family, text, seed):
     return inputs
 
 
-def pad_batch(rows):
+def pad_batch(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Batch prompts with padding on the left."""
     length = max(row["input_ids"].shape[1] for row in rows)
     return {key: torch.cat([F.pad(row[key], (length - row[key].shape[1], 0)) if key.endswith("ids") or "mask" in key
                             else row[key] for row in rows]) for key in rows[0]}
 
 
-def plain_logprobs(model, row, ids, temperature=1.0):
+def plain_logprobs(model: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of one continuation by one forward pass over everything, without padding or cache."""
     length = row["input_ids"].shape[1]
     x = dict(row, input_ids=torch.cat([row["input_ids"], ids[None]], 1))
@@ -376,7 +382,7 @@ def plain_logprobs(model, row, ids, temperature=1.0):
 
 @pytest.mark.parametrize("limit", [1024, 5, 0])  # a prompt's sequences in one packed row, or in several
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_plain_logprobs_and_gradients(family, limit):
+def test_shared_prompts_give_the_plain_logprobs_and_gradients(family: str, limit: int) -> None:
     model = tiny_family(family)
     rows = [family_inputs(family, [10, 11, 12], 1), family_inputs(family, [13, 14, 15, 16, 17, 18], 2)]
     ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3))
@@ -397,7 +403,7 @@ def test_shared_prompts_give_the_plain_logprobs_and_gradients(family, limit):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_once_changes_no_loss_and_no_connector_gradient(family):
+def test_vision_once_changes_no_loss_and_no_connector_gradient(family: str) -> None:
     model = tiny_family(family)
     dyme.freeze_vision(model)
     batch = pad_batch([family_inputs(family, [10, 11], 1), family_inputs(family, [12, 13, 14], 2)])
@@ -423,7 +429,7 @@ def test_vision_once_changes_no_loss_and_no_connector_gradient(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_cache_changes_no_logprob_and_encodes_an_image_once(family):
+def test_vision_cache_changes_no_logprob_and_encodes_an_image_once(family: str) -> None:
     model = tiny_family(family)
     dyme.freeze_vision(model)
     rows = [family_inputs(family, [10, 11], seed) for seed in range(3)]
@@ -432,7 +438,7 @@ def test_vision_cache_changes_no_logprob_and_encodes_an_image_once(family):
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             module.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
 
-    def logprobs(batch, *cache):
+    def logprobs(batch: list[int], *cache: Any) -> Tensor:
         with dyme.vision_once(model, *cache), torch.no_grad():
             prefix = dyme.encode_prefix(model, pad_batch([rows[i] for i in batch]))
             return dyme.completion_logprobs(model, prefix, [0, 1], [[20, 21], [22, 23]], torch.ones(2))[0]
@@ -450,7 +456,7 @@ def test_vision_cache_changes_no_logprob_and_encodes_an_image_once(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
+def test_one_step_trains_any_family_with_its_vision_tower_frozen(family: str) -> None:
     model = tiny_family(family).float()
     dyme.freeze_vision(model)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -475,20 +481,20 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family):
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny() -> Policy:
     """The toy's model and processor with random weights."""
     return dyme.tiny_policy(0)
 
 
 @pytest.fixture(scope="module")
-def examples():
+def examples() -> list[Example]:
     return reward.toy_examples("train", "high")
 
 
-def test_greedy_sampling_is_generate(tiny, examples):
+def test_greedy_sampling_is_generate(tiny: Policy, examples: list[Example]) -> None:
     inputs = dyme.encode_prompts(tiny, examples[:6], room=20)
 
-    def greedy(ends):
+    def greedy(ends: list[int]) -> dyme.Rollout:
         return dyme.sample(tiny.model, [dyme.encode_prefix(tiny.model, inputs)], torch.zeros(6, 20), ends, tiny.pad_id, temperature=0.0)
 
     ends = [*tiny.end_ids, *greedy(tiny.end_ids).ids[[0, 1], [4, 9]].tolist()]  # so that responses end, at all lengths
@@ -502,7 +508,7 @@ def test_greedy_sampling_is_generate(tiny, examples):
         assert finished == (last is not None) and sum(mask) == (last + 1 if finished else 20)  # the end is trained
 
 
-def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny, examples):
+def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny: Policy, examples: list[Example]) -> None:
     inputs = dyme.encode_prompts(tiny, examples[:3], room=12)
     rolled = dyme.rollout(tiny, [inputs], dyme.keyed_uniforms(0, 0, [0, 1, 2], 4, 12), 0.7)
     ids = dyme.decode(tiny, rolled)[0]
@@ -520,12 +526,12 @@ def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny, examples):
         assert torch.allclose(logprobs[0], logits.log_softmax(-1).gather(1, sampled.T).squeeze(1), atol=1e-4)
 
 
-def test_packing_by_hand():
+def test_packing_by_hand() -> None:
     assert dyme.pack([0, 0, 0, 2], [3, 2, 3, 0], limit=5) == ([0, 0, 2], [0, 0, 1, 2], [0, 3, 0, 0])
     assert dyme.pack([1, 1], [9, 9], limit=5) == ([1, 1], [0, 1], [0, 0])  # too long for any row
 
 
-def test_chunked_logprobs_and_their_gradients_are_those_of_one_chunk(tiny):
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_chunk(tiny: Policy) -> None:
     torch.manual_seed(0)
     hidden, ids, temperature = torch.randn(7, 96, requires_grad=True), torch.arange(7), torch.linspace(0.5, 1.5, 7)
     results = []
@@ -538,7 +544,7 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_chunk(tiny):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
-def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
+def test_draws_follow_the_distribution_and_depend_on_their_key_alone() -> None:
     logits = torch.tensor([0.5, 0.2, 0.3, 0.0]).log().expand(4, 4)
     tokens, entropy = dyme.draw(logits, torch.tensor([0.0, 0.49, 0.51, 0.9999999]), 1.0)
     assert tokens.tolist() == [0, 0, 1, 2]  # by the cumulated 0.5, 0.7, 1.0; never the impossible token
@@ -550,8 +556,8 @@ def test_draws_follow_the_distribution_and_depend_on_their_key_alone():
     assert not torch.equal(uniforms, dyme.keyed_uniforms(1, 3, [0, 1, 2], 4, 10))
 
 
-def test_samples_do_not_depend_on_the_batch(tiny, examples):
-    def responses(chunks):
+def test_samples_do_not_depend_on_the_batch(tiny: Policy, examples: list[Example]) -> None:
+    def responses(chunks: list[list[int]]) -> list[list[int]]:
         inputs = [dyme.encode_prompts(tiny, [examples[i] for i in chunk], room=16) for chunk in chunks]
         uniforms = dyme.keyed_uniforms(0, 5, [*itertools.chain(*chunks)], 4, 16)
         return dyme.decode(tiny, dyme.rollout(tiny, inputs, uniforms, 1.0))[0]
@@ -563,7 +569,7 @@ def test_samples_do_not_depend_on_the_batch(tiny, examples):
 # ---- Prompts and targets -------------------------------------------------------------------------
 
 
-def check_target(policy, example):
+def check_target(policy: Policy, example: Example) -> None:
     inputs = dyme.encode_prompts(policy, [example], room=0)
     prompt, response = dyme.PROMPT.format(question=example.question), dyme.reference_response(example)
     target = dyme.target_ids(policy, prompt, True, response)
@@ -575,7 +581,7 @@ def check_target(policy, example):
     assert policy.tokenizer.decode(target, skip_special_tokens=True).strip() == response
 
 
-def test_prompt_and_target_are_the_templates_full_rendering(tiny, examples):
+def test_prompt_and_target_are_the_templates_full_rendering(tiny: Policy, examples: list[Example]) -> None:
     for example in examples[:10]:
         check_target(tiny, example)
     assert all(tiny.tokenizer.unk_token_id not in dyme.target_ids(tiny, e.question, True, dyme.reference_response(e))
@@ -583,7 +589,7 @@ def test_prompt_and_target_are_the_templates_full_rendering(tiny, examples):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_the_real_smolvlm_processor(tmp_path, examples):
+def test_the_real_smolvlm_processor(tmp_path: Path, examples: list[Example]) -> None:
     source = SHARED / "smolvlm-256m-instruct"
     model = SimpleNamespace(name_or_path="SmolVLM", config=AutoConfig.from_pretrained(source), eval=lambda: model,
                             generation_config=SimpleNamespace(eos_token_id=49279))
@@ -596,28 +602,28 @@ def test_the_real_smolvlm_processor(tmp_path, examples):
     assert (inputs["attention_mask"][:, -1] == 1).all() and inputs["input_ids"][0, -1] == inputs["input_ids"][1, -1]
 
 
-def test_a_prompt_longer_than_the_context_is_named(tiny, examples):
+def test_a_prompt_longer_than_the_context_is_named(tiny: Policy, examples: list[Example]) -> None:
     with pytest.raises(UserError, match="toy train row 0: .* context of 512"):
         dyme.encode_prompts(tiny, examples[:1], room=500)
 
 
-def test_a_trace_with_a_flag_of_its_own_still_gives_a_verifiable_target():
+def test_a_trace_with_a_flag_of_its_own_still_gives_a_verifiable_target() -> None:
     example = Example("q", "7", hint="It is 7. Answer: 7")
     assert dyme.reference_response(example) == "It is 7.\nAnswer: 7"
     assert verify(dyme.reference_response(example), example).correct
 
 
-def test_spread_takes_rows_from_all_over():
+def test_spread_takes_rows_from_all_over() -> None:
     assert reward.spread(list(range(10)), 4) == [0, 2, 5, 7] and reward.spread([1, 2], 5) == [1, 2]
 
 
-def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monkeypatch):
+def test_missing_template_and_missing_package_are_one_line(tiny: Policy, tmp_path: Path, monkeypatch: Patch) -> None:
     processor = dyme.tiny_policy(0).processor
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         dyme.make_policy(tiny.model, processor, CPU)
 
-    def fail(*_, **__):
+    def fail(*_: Any, **__: Any) -> None:
         raise ImportError("Processor requires the Torchvision library")
     monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
     with pytest.raises(UserError, match="pip install torchvision$"):
@@ -627,14 +633,14 @@ def test_missing_template_and_missing_package_are_one_line(tiny, tmp_path, monke
 # ---- A training step -----------------------------------------------------------------------------
 
 
-def make_trainer(policy, correct=None, **settings):
+def make_trainer(policy: Policy, correct: list[list[int]] | None = None, **settings: Any) -> dyme.Trainer:
     """A trainer of a new tiny model; `correct` says which responses are right, r_t is then 0."""
     cfg = Config(lr=1e-3, prompts=4, generations=4, max_new_tokens=40, **settings)
     model = dyme.tiny_policy(0).model
     policy = dataclasses.replace(policy, model=model.eval())
     trainer = dyme.make_trainer(cfg, policy, "")
 
-    def score(*args):
+    def score(*args: Any) -> dyme.Groups:
         marks = torch.tensor(correct, dtype=torch.float32)
         return dataclasses.replace(dyme.score(*args), correct=marks, rewards=marks)
     if correct:
@@ -645,7 +651,7 @@ def make_trainer(policy, correct=None, **settings):
 CORRECT = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]
 
 
-def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatch):
+def test_micro_batches_give_the_gradient_of_one_batch(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     gradients, losses = [], []
     for micro_batch in (4, 3, 1):
         trainer = make_trainer(tiny, CORRECT, micro_batch=micro_batch)
@@ -659,7 +665,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(tiny, examples, monkeypatc
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
-def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch):
+def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     trainer = make_trainer(tiny, CORRECT, temperature=0.7)
     model, seen = trainer.policy.model, {}
     real = dyme.exploration_sequences
@@ -689,7 +695,7 @@ def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny, examples, monkeypatch)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
 
 
-def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypatch):
+def test_sequences_without_weight_cost_no_forward_pass(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     trainer = make_trainer(tiny, [[1] * 4] * 4, micro_batch=2)
     calls = []
     monkeypatch.setattr(dyme, "completion_logprobs", lambda *a: calls.append(a))
@@ -700,10 +706,10 @@ def test_sequences_without_weight_cost_no_forward_pass(tiny, examples, monkeypat
     assert not trainer.optimizer.state  # no optimiser step was made
 
 
-def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
+def test_released_code_departs_as_documented(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     weights, rewards = {}, np.array([0.0, 1.1, 1.2, 0.3])
 
-    def score(*args):
+    def score(*args: Any) -> dyme.Groups:
         marks = torch.tensor(CORRECT, dtype=torch.float32)
         rewards = marks + torch.tensor([0.0, 0.1, 0.2, 0.3])  # r_t varies, also where all are right
         return dataclasses.replace(dyme.score(*args), correct=marks, rewards=rewards)
@@ -721,7 +727,7 @@ def test_released_code_departs_as_documented(tiny, examples, monkeypatch):
     assert dyme.parse_config(["--released-code"]).format_weight == 1
 
 
-def test_step_of_each_method(tiny, examples):
+def test_step_of_each_method(tiny: Policy, examples: list[Example]) -> None:
     for method, memorized in (("sft", 1.0), ("grpo", 0.0)):
         trainer = make_trainer(tiny)
         metrics, group = dyme.train_step(trainer, examples[:4], 0, method, 1e-3)
@@ -730,7 +736,7 @@ def test_step_of_each_method(tiny, examples):
         json.dumps([metrics, group])
 
 
-def test_kl_pulls_towards_the_reference(tiny, examples):
+def test_kl_pulls_towards_the_reference(tiny: Policy, examples: list[Example]) -> None:
     trainer = make_trainer(tiny, mode="grpo", beta=0.0)
     trainer.cfg.beta, trainer.reference = 0.5, dyme.tiny_policy(0).model
     metrics, _ = dyme.train_step(trainer, examples[:2], 0, "grpo", 1e-2)
@@ -739,7 +745,7 @@ def test_kl_pulls_towards_the_reference(tiny, examples):
     assert metrics["kl"] > 0
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny, examples, monkeypatch):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     trainer = make_trainer(tiny)
     before = [p.clone() for p in trainer.policy.model.parameters()]
     monkeypatch.setattr(dyme, "policy_loss", lambda logprobs, *_: logprobs.sum() * math.nan)
@@ -750,7 +756,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny,
         dyme.train_step(trainer, examples[:2], 9, "sft", 1e-3)
 
 
-def test_learning_rate_and_stages_by_hand():
+def test_learning_rate_and_stages_by_hand() -> None:
     cfg = Config(mode="dyme", lr=1.0, steps=12, warmup=2)
     assert [round(dyme.stage(cfg, s)[1], 4) for s in (0, 1, 2, 7, 11)] == [0.3333, 0.6667, 1.0, 0.5, 0.1]
     cfg = Config(mode="two-stage", lr=1.0, steps=10, sft_steps=4, warmup=0)
@@ -758,7 +764,7 @@ def test_learning_rate_and_stages_by_hand():
 
 
 @pytest.mark.parametrize("mode, sizes", [("dyme", [3] * 8), ("sft", [12] * 8), ("two-stage", [12, 12, *[3] * 6])])
-def test_every_row_is_seen_once_an_epoch(mode, sizes):
+def test_every_row_is_seen_once_an_epoch(mode: str, sizes: list[int]) -> None:
     cfg = Config(mode=mode, prompts=3, generations=4, steps=8, sft_steps=2)
     batches = [dyme.step_rows(cfg, step, rows=7) for step in range(8)]
     assert [len(b) for b in batches] == sizes
@@ -771,11 +777,11 @@ def test_every_row_is_seen_once_an_epoch(mode, sizes):
 # ---- Learning ------------------------------------------------------------------------------------
 
 
-def accuracy(policy, examples):
+def accuracy(policy: Policy, examples: list[Example]) -> float:
     return reward.summarise(list(dyme.respond(policy, examples, 40, 64)))["strict"]
 
 
-def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
+def test_dyme_learns_by_memorizing_and_then_exploring(tiny: Policy, examples: list[Example]) -> None:
     """From random weights on eight rows: targets bring the first right answers, exploration takes over."""
     cfg = Config(lr=4e-3, prompts=8, generations=4, max_new_tokens=40, steps=60, warmup=2, train_vision=True)
     policy = dataclasses.replace(tiny, model=dyme.tiny_policy(1).model)
@@ -788,7 +794,7 @@ def test_dyme_learns_by_memorizing_and_then_exploring(tiny, examples):
     assert log[0]["memorized"] == 1 and late["memorized"] < 0.4 and late["accuracy"] > 0.35
 
 
-def test_exploration_alone_raises_accuracy(tiny, examples):
+def test_exploration_alone_raises_accuracy(tiny: Policy, examples: list[Example]) -> None:
     """GRPO on a policy that is right now and then: no targets, only rewards."""
     cfg = Config(lr=3e-4, generations=8, max_new_tokens=40, train_vision=True, thinking_weight=0.0)
     policy = dataclasses.replace(tiny, model=dyme.tiny_policy(1).model)
@@ -804,37 +810,37 @@ def test_exploration_alone_raises_accuracy(tiny, examples):
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
+def runs(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A folder for runs, with a base model that takes no time to make and a small toy."""
     monkeypatch.setattr(dyme, "TINY_RECIPE", dyme.TINY_RECIPE | {"steps": 2, "batch": 4})
     monkeypatch.setattr(reward, "TOY_SPLITS", {"train": (0, 16), "val": (16, 8), "test": (24, 8)})
     return tmp_path
 
 
-def run(runs, name, *flags):
+def run(runs: Path, name: str, *flags: str) -> int:
     """Run dyme.py in this process; its exit code."""
     flags = ["--out", str(runs / name), "--prompts", "2", "--generations", "2", "--max-new-tokens", "8", *flags]
     return dyme.run_main(lambda: dyme.train(dyme.parse_config(flags)))
 
 
-def without_times(path):
+def without_times(path: Path) -> list[Row]:
     rows = dyme.read_jsonl(path)
     return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_s", "peak"))} for r in rows]
 
 
-def same_weights(a, b):
+def same_weights(a: Path, b: Path) -> bool:
     from safetensors.torch import load_file
     x, y = (load_file(run / "checkpoint" / "model.safetensors") for run in (a, b))
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
 @pytest.mark.parametrize("mode", ["dyme", "two-stage"])
-def test_a_killed_run_resumes_bit_exactly(runs, monkeypatch, mode, capsys):
+def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: str, capsys: Capture) -> None:
     flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2", "--eval-every", "2"]
     assert run(runs, "whole", *flags) == 0
     real = dyme.train_step
 
-    def killed(trainer, examples, step, *rest):
+    def killed(trainer: dyme.Trainer, examples: list[Example], step: int, *rest: Any) -> tuple[Row, Row]:
         if step == 5:
             raise SystemError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
         return real(trainer, examples, step, *rest)
@@ -852,12 +858,12 @@ def test_a_killed_run_resumes_bit_exactly(runs, monkeypatch, mode, capsys):
     assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(runs, monkeypatch, capsys):
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     flags = ["--steps", "4", "--eval-every", "0", "--save-every", "0"]
     assert run(runs, "whole", *flags) == 0
     real = dyme.train_step
 
-    def interrupted(trainer, examples, step, *rest):
+    def interrupted(trainer: dyme.Trainer, examples: list[Example], step: int, *rest: Any) -> tuple[Row, Row]:
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return real(trainer, examples, step, *rest)
@@ -869,14 +875,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(runs, monkeypatch,
     assert run(runs, "stopped", "--resume") == 0 and same_weights(runs / "whole", runs / "stopped")
 
 
-def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs, capsys):
+def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0
     (runs / "a" / "checkpoint").rename(runs / "a" / "checkpoint.old")
     assert run(runs, "a", "--resume") == 0
     assert (runs / "a" / "checkpoint" / "training_state.pt").exists()
 
 
-def test_a_run_folder_holds_what_it_says_and_evaluates(runs, capsys):
+def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "3") == 0
     out = capsys.readouterr().out
     assert "before" in out and f"python eval.py --model {runs / 'a'}" in out
@@ -903,11 +909,18 @@ out.values = $("charts").textContent;
 change("mode", "memorization"); out.memorized = $("place").textContent; out.why = $("group").textContent;
 change("mode", "exploration"); out.explored = $("place").textContent;
 change("mode", ""); change("verdict", "some"); out.some = $("place").textContent;
-change("verdict", ""); $("next").click(); out.next = $("place").textContent;
+out.used = $("group").textContent;
+change("verdict", ""); out.kept = $("place").textContent; $("next").click(); out.next = $("place").textContent;
 $("switched").click(); out.switched = $("place").textContent;
 out.elements = document.querySelectorAll("#group script, #group b, #compared script, #compared b").length;
 change("changed", "wrong"); out.wrong = $("answered").textContent;
+change("of", data.answers.columns.findIndex(c => c.name.startsWith("b at"))); change("changed", "");
+out.columns = [...document.querySelectorAll("#compared th[scope=col]")].map(e => e.textContent).join();
 $("normalise").click(); $("step").value = 0; $("step").dispatchEvent(new Event("input")); out.at = $("at").textContent;
+const box = document.querySelector("#charts svg[role]").getBoundingClientRect();
+document.querySelector("#charts svg[role]").dispatchEvent(
+  new PointerEvent("pointerdown", {clientX: box.left + box.width * (42 + 290 / 2) / 350}));
+out.tapped = $("at").textContent;
 out.focus = [...document.querySelectorAll("a, button, input, select, [tabindex]")].filter(
   e => { e.focus(); return !e.disabled && document.activeElement !== e; }).length;
 out.unnamed = [...document.querySelectorAll("input, select")].filter(e => !e.labels.length).length;
@@ -917,7 +930,7 @@ document.body.replaceChildren("OUT" + btoa(encodeURIComponent(JSON.stringify(out
 </script></body>"""
 
 
-def group_row(step, name, right, **more):
+def group_row(step: int, name: str, right: int, **more: Any) -> Row:
     """A row of samples.jsonl with four responses, of which some are right."""
     responses = [{"text": f"<b>red 4</b> and blue 9 </script><script>throw 1</script>\nAnswer: {k}", "finished": True,
                   "r_a": float(k < right), "r_t": 0.5, "r_f": 1.0, "reward": 0.5 + (k < right),
@@ -928,7 +941,7 @@ def group_row(step, name, right, **more):
 
 
 @pytest.fixture
-def reported(runs, capsys):
+def reported(runs: Path, capsys: Capture) -> Path:
     """A report of a run whose records hold markup, a broken last line and a prompt seen in both modes."""
     assert run(runs, "<i>a", "--steps", "2") == 0 and run(runs, "b", "--steps", "1", "--seed", "1", "--mode", "sft") == 0
     rows = [group_row(0, "x", 0), group_row(1, "y", 2), group_row(2, "x", 1), group_row(3, "y", 4)]
@@ -941,7 +954,7 @@ def reported(runs, capsys):
     return page
 
 
-def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported):
+def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported: Path) -> None:
     page = reported.read_text()
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
     content = json.loads(text)
@@ -957,7 +970,7 @@ def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported):
     assert b["groups"][0]["image"] in content["images"]
 
 
-def test_a_big_report_is_thinned(runs, capsys):
+def test_a_big_report_is_thinned(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     metrics = dyme.read_jsonl(runs / "a" / "metrics.jsonl")[0]
     rows = [group_row(step, f"row {step}", 1) for step in range(3000)]
@@ -972,12 +985,35 @@ def test_a_big_report_is_thinned(runs, capsys):
     with pytest.raises(UserError, match="none of these"):
         evaluation.main(["report", str(runs)])
     assert 2e6 < page.stat().st_size < 10e6
-    shown = evaluation.describe_run(runs / "a", dataclasses.asdict(Config()), 1e6)
-    assert shown["metrics"]["step"][:2] == [5, 11] and set(shown["metrics"]["accuracy"]) == {0.5}
+    shown = [evaluation.describe_run(name, runs / name, dataclasses.asdict(Config())) for name in "ab"]
+    assert shown[0]["metrics"]["step"][:2] == [5, 11] and set(shown[0]["metrics"]["accuracy"]) == {0.5}
+    shown[0]["groups"], third = shown[0]["groups"][:1], len(json.dumps(shown[1]["groups"])) / 3
+    assert third * 0.8 < evaluation.fit_groups(shown, third) < third  # what the short run leaves, the other gets
+    steps = [group["step"] for group in shown[1]["groups"]]
+    assert 900 < len(steps) < 1100 and max(b - a for a, b in itertools.pairwise(steps)) < 9  # spread over the run
+
+
+def test_the_report_keeps_the_groups_that_switch(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1") == 0
+    rows = [group_row(step, "x" if step in (500, 501) else f"row {step}", step == 501) for step in range(1000)]
+    (runs / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = evaluation.describe_run("a", runs / "a", dataclasses.asdict(Config()))
+    evaluation.fit_groups([shown], 20_000)
+    assert {500, 501} < {group["step"] for group in shown["groups"]}
+    assert [group["switched"] for group in shown["groups"] if "switched" in group] == [500]
+
+
+@pytest.mark.parametrize("switch, right, mode, why", [
+    ("threshold:0.8", 1, "memorization", "reaches 0.8: it did not."), ("threshold:0.8", 1, "exploration", "it did."),
+    ("anneal", 0, "both", "does both"), ("budget:9", 0, "buffered", "when 9 prompts have failed"),
+    ("budget:9", 2, "exploration", "compared with each other"), ("explore", 0, "exploration", "in any case"),
+    ("memorize", 2, "memorization", "imitates the reference"), ("any-correct", 4, "exploration", "no gradient")])
+def test_the_report_gives_the_reason_of_each_rule(switch: str, right: int, mode: str, why: str) -> None:
+    assert why in evaluation.explain_mode(dataclasses.asdict(Config(switch=switch)), group_row(0, "x", right, mode=mode))
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
-def test_the_report_works_in_a_browser(reported):
+def test_the_report_works_in_a_browser(reported: Path) -> None:
     page = reported.read_text().replace("<head>", "<head><script>const errors = []; onerror = e => errors.push(e);</script>")
     (reported.parent / "probe.html").write_text(page.replace("</body>", PROBE))
     shown = subprocess.run(
@@ -990,23 +1026,25 @@ def test_the_report_works_in_a_browser(reported):
     assert out["charts"] == len(evaluation.CURVES) and "<i>a" in out["values"] and out["at"] == "0"
     assert out["memorized"] == "Step 0; group 1 of 1" and "None of 4 responses is right" in out["why"]
     assert out["explored"] == out["some"] == "Step 1; group 1 of 3"
-    assert out["next"] == "Step 1; group 2 of 4" and out["switched"] == "Step 2; group 3 of 4"
-    assert re.fullmatch(r"\d of 8 rows", out["wrong"])
+    assert out["kept"] == "Step 1; group 2 of 4" and out["next"] == "Step 2; group 3 of 4; memorized before, at step 0"
+    assert out["switched"] == out["next"] and "not used" in out["why"] and "not used" not in out["used"]
+    assert re.fullmatch(r"\d of 8 rows", out["wrong"]) and out["columns"] == "Question,before: <i>a at step 0,b at step 1"
+    assert out["tapped"] == "1"
 
 
-def test_tensorboard_gets_every_number_or_says_what_is_missing(runs, monkeypatch, capsys):
+def test_tensorboard_gets_every_number_or_says_what_is_missing(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert run(runs, "a", "--steps", "2", "--tensorboard") == 2 and "pip install tensorboard" in capsys.readouterr().err
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder, purge_step):
+        def __init__(self, folder: str, purge_step: int) -> None:
             assert folder == runs / "b" / "tensorboard" and purge_step == 0
 
-        def add_scalar(self, *point):
+        def add_scalar(self, *point: Any) -> None:
             written.append(point)
 
-        def flush(self):
+        def flush(self) -> None:
             pass
 
     monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__="found"))
@@ -1020,7 +1058,7 @@ def test_tensorboard_gets_every_number_or_says_what_is_missing(runs, monkeypatch
 # ---- Speed: the feed, the benchmark, and what only a GPU can show -----------------------------------
 
 
-def test_the_feed_gives_what_each_step_needs_in_order(tiny, examples):
+def test_the_feed_gives_what_each_step_needs_in_order(tiny: Policy, examples: list[Example]) -> None:
     trainer = make_trainer(tiny, micro_batch=3)
     trainer.cfg.steps, asked = 3, []
     trainer.helper = SimpleNamespace(map=lambda f, rows: [f(*row) for row in rows], facts=asked.append)
@@ -1033,7 +1071,7 @@ def test_the_feed_gives_what_each_step_needs_in_order(tiny, examples):
     assert threading.active_count() < 20  # it has ended its threads
 
 
-def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs, monkeypatch, capsys):
+def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     flags = ["--benchmark", "2", "--prompts", "2", "--generations", "3", "--max-new-tokens", "5", "--micro-batch", "1"]
     monkeypatch.setattr(sys, "argv", ["dyme.py", *flags, "--out", str(runs / "a")])
     assert reward.run_main(dyme.main) == 0
@@ -1044,7 +1082,7 @@ def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs, monkeypa
     assert all(table[part][1] >= 0 for part in table) and table["step"][0] == float(lines[-1].split()[1])
 
 
-def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny, examples):
+def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Policy, examples: list[Example]) -> None:
     policy = dataclasses.replace(tiny, end_ids=[-1])
     inputs = dyme.encode_prompts(policy, examples[:2], room=9)
     rolled = dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, [0, 1], 4, 9), 1.0)
@@ -1054,13 +1092,13 @@ def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny, exa
     assert [len(ids) for ids in groups.ids] == [9] * 8
 
 
-def cuda_policy():
+def cuda_policy() -> Policy:
     policy = dyme.tiny_policy(0)
     return dataclasses.replace(policy, model=policy.model.to("cuda"), device=torch.device("cuda"), end_ids=[-1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cuda_graph_samples_what_plain_steps_do(examples, monkeypatch):
+def test_a_cuda_graph_samples_what_plain_steps_do(examples: list[Example], monkeypatch: Patch) -> None:
     policy, results, captured = cuda_policy(), [], []
     capture = dyme.capture
     for wrapper in (lambda step: captured.append(capture(step)) or captured[-1], lambda step: step):
@@ -1072,7 +1110,7 @@ def test_a_cuda_graph_samples_what_plain_steps_do(examples, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples):
+def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples: list[Example]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     policy = cuda_policy()
     trainer = dyme.make_trainer(Config(lr=1e-3, generations=4, max_new_tokens=24), policy, "")
@@ -1089,19 +1127,19 @@ def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples)
     ("any-correct", [1, 0, 1], [0, 1, 0]), ("threshold:0.6", [0, 0, 0], [1, 1, 1]), ("threshold:0.5", [1, 1, 1], [0, 0, 0]),
     ("anneal", [1, 1, 1], [0.75, 0.75, 0.75]), ("budget:8", [1, 0, 1], [0, 0, 0]),
     ("explore", [1, 1, 1], [0, 0, 0]), ("memorize", [0, 0, 0], [1, 1, 1])])
-def test_switching_rules_by_hand(rule, explore, weights):
+def test_switching_rules_by_hand(rule: str, explore: list[int], weights: list[float]) -> None:
     correct = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     rewards = correct + torch.tensor([[0.0, 0.1], [0.1, 0.2], [0.0, -0.1]])  # mean 0.55
     got = dyme.switch_modes(rule, correct, rewards, progress=1 / 3)  # (1 + cos 60 degrees) / 2
     assert got[0].tolist() == [bool(x) for x in explore] and got[1].tolist() == pytest.approx(weights)
 
 
-def test_anneal_adds_the_targets_to_exploration(tiny, examples):
+def test_anneal_adds_the_targets_to_exploration(tiny: Policy, examples: list[Example]) -> None:
     trainer = make_trainer(tiny, CORRECT, switch="anneal", steps=4)
     seen = []
     accumulate = dyme.accumulate_gradients
     dyme_accumulate = lambda t, i, c, sequences, p: seen.append(sequences) or accumulate(t, i, c, sequences, p)
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setattr(dyme, "accumulate_gradients", dyme_accumulate)
         metrics, group = dyme.train_step(trainer, examples[:4], 2, "dyme", 1e-3)
     targets = [x.weight for x in seen[0] if not x.explore]
@@ -1109,7 +1147,7 @@ def test_anneal_adds_the_targets_to_exploration(tiny, examples):
     assert metrics["memorized"] == 0.5 and group["mode"] == "both"  # as many prompts explore
 
 
-def test_budget_memorizes_failures_when_there_are_enough_and_survives_a_resume(tiny, examples, tmp_path):
+def test_budget_memorizes_failures_when_there_are_enough_and_survives_a_resume(tiny: Policy, examples: list[Example], tmp_path: Path) -> None:
     trainer = make_trainer(tiny, CORRECT, switch="budget:2")  # of four prompts one fails
     for step, memorized, waiting in ((0, 0, 1), (1, 2 / 5, 0), (2, 0, 1)):
         metrics, group = dyme.train_step(trainer, examples[4 * step:4 * step + 4], step, "dyme", 1e-3)
@@ -1125,18 +1163,18 @@ def test_budget_memorizes_failures_when_there_are_enough_and_survives_a_resume(t
 # ---- Domains -------------------------------------------------------------------------------------
 
 
-def answered(example, answer):
+def answered(example: Example, answer: str) -> tuple[bool, float, float | None]:
     """Is an answer right as a reward, and its own scores."""
     judged = reward.judge(example, f"I think.\nAnswer: {answer}", True)
     return verify(f"I think.\nAnswer: {answer}", example, True).correct, judged["official"], judged.get("multiple_choice")
 
 
-def write_image(path):
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), "white").save(path)
 
 
-def test_aokvqa(tmp_path):
+def test_aokvqa(tmp_path: Path) -> None:
     row = {"split": "train", "image_id": 7, "question_id": "x", "question": "What?", "choices": ["cat", "dog", "cow", "pig"],
            "correct_choice_idx": 1, "direct_answers": ["dog"] * 5 + ["puppy"] * 2 + ["hound"] * 3,
            "difficult_direct_answer": False, "rationales": ["It barks.", "It is a dog."]}
@@ -1151,7 +1189,7 @@ def test_aokvqa(tmp_path):
         reward.load_data(f"aokvqa:{tmp_path}", "test")
 
 
-def test_slake_and_images_in_a_zip(tmp_path):
+def test_slake_and_images_in_a_zip(tmp_path: Path) -> None:
     row = {"img_name": "xmlab1/source.jpg", "question": "Which organs?", "answer": "Liver, Kidney", "q_lang": "en",
            "answer_type": "OPEN", "qid": 1}
     rows = [row, dict(row, q_lang="zh"), dict(row, question="Is it CT?", answer="Yes", answer_type="CLOSED")]
@@ -1171,7 +1209,7 @@ def test_slake_and_images_in_a_zip(tmp_path):
     assert summary["official"] == 0.75 and summary["official_closed"] == 1
 
 
-def test_geometry(tmp_path):
+def test_geometry(tmp_path: Path) -> None:
     human = ("<image>\nFirst perform reasoning, then select the choice.\nQuestion: What is angle 2?\n"
              "Choices:\nA: 40\u00b0\nB: 60\u00b0")
     row = {"image": "g/1.png", "conversations": [{"from": "human", "value": human},
@@ -1191,7 +1229,7 @@ def test_geometry(tmp_path):
         reward.load_data(f"mathverse:{tmp_path}", "train")
 
 
-def test_gsm8k_and_bad_rows(tmp_path):
+def test_gsm8k_and_bad_rows(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "She has 2+3=<<2+3=5>>5.\nThen 5*300=<<5*300=1500>>1500.\n#### 1,500"}
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(dict(row, question=f"{i}?")) for i in range(12)))
     example = reward.load_data(f"gsm8k:{tmp_path}", "train")[0]
@@ -1207,7 +1245,7 @@ def test_gsm8k_and_bad_rows(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_published_rows_of_gsm8k_and_aokvqa(tmp_path):
+def test_published_rows_of_gsm8k_and_aokvqa(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = reward.load_data(f"gsm8k:{SHARED / 'text-samples'}", split)
         assert all(verify(reward.reference_response(e), e, True).correct and "<<" not in e.hint for e in rows)
@@ -1219,7 +1257,7 @@ def test_published_rows_of_gsm8k_and_aokvqa(tmp_path):
     assert len(rows) == 40 and all(answered(e, e.answer)[0] and e.hint for e in rows)
 
 
-def test_a_text_only_policy_takes_the_same_path(tmp_path, examples):
+def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
     tokenizer = dyme.tiny_policy(0).tokenizer
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<end_of_utterance>\n" \
                               "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
@@ -1241,10 +1279,24 @@ def test_a_text_only_policy_takes_the_same_path(tmp_path, examples):
 # ---- Visual supervision --------------------------------------------------------------------------
 
 
-class Chat(http.server.BaseHTTPRequestHandler):
-    """A chat server; `script` gives a reply, a status, or a fault for each request, `seen` keeps the requests."""
+Script = Callable[[str, int], str | int]  # the reply to a prompt, the n-th: a text, a status, or a fault
 
-    def do_POST(self):
+
+class Server(http.server.ThreadingHTTPServer):
+    """A chat server that answers by `script` and keeps the requests, key and prompt, in `seen`."""
+
+    def __init__(self, script: Script, port: int) -> None:
+        super().__init__(("127.0.0.1", port), Chat)
+        self.seen: list[tuple[str, str]] = []
+        self.script, self.url = script, f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Chat(http.server.BaseHTTPRequestHandler):
+    """One request to a `Server`."""
+
+    server: Server
+
+    def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][-1]["content"]
         self.server.seen.append((self.headers["Authorization"], text))
@@ -1265,11 +1317,11 @@ class Chat(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(body)
 
-    def log_message(self, *_):
+    def log_message(self, *_: Any) -> None:
         pass
 
 
-def toy_helper(text, _=0):
+def toy_helper(text: str, _: int = 0) -> str:
     """What an ideal helper replies about the toy, by rules: it grades and writes from the chart's true facts."""
     if text.startswith("Reply"):
         return "ready"
@@ -1289,29 +1341,27 @@ def toy_helper(text, _=0):
     return "high" if thinking == best else "medium"
 
 
-def serve(script, port=0):
-    """Start a chat server on this machine; it answers by `script` from threads of its own."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Chat)
-    server.seen, server.script = [], script
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+def serve(script: Script, port: int = 0) -> Server:
+    """Start a chat server on this machine; it answers from threads of its own."""
+    server = Server(script, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
 
-def serve_toy_helper(port):
+def serve_toy_helper(port: int) -> None:
     """For `python -c "import test_dyme; test_dyme.serve_toy_helper(8000)"`: a helper to try Full DyME with."""
     print(serve(toy_helper, port).url)
     threading.Event().wait()
 
 
 @pytest.fixture
-def chat():
+def chat() -> Iterator[Server]:
     server = serve(lambda *_: "ready")
     yield server
     server.shutdown()
 
 
-def test_the_toys_scripted_helper_writes_and_rates_by_the_facts(chat):
+def test_the_toys_scripted_helper_writes_and_rates_by_the_facts(chat: Server) -> None:
     low, high = (reward.toy_examples("train", traces)[:50] for traces in ("low", "high"))
     chat.script = toy_helper
     helper = reward.Helper(chat.url, "m")
@@ -1325,11 +1375,11 @@ def test_the_toys_scripted_helper_writes_and_rates_by_the_facts(chat):
 @pytest.mark.parametrize("reply, rating", [
     ("High", 1.0), ("**medium**.", 0.5), ("I would say: LOW, as it invents values", 0.0), ("high or low", None), ("?", None),
     (None, None), ("highly", None)])
-def test_ratings_are_read_without_regard_to_case_or_chatter(reply, rating):
+def test_ratings_are_read_without_regard_to_case_or_chatter(reply: str | None, rating: float | None) -> None:
     assert reward.parse_rating(reply) == rating
 
 
-def test_the_helper_sends_no_hub_token_quotes_responses_and_asks_once(chat, monkeypatch, tmp_path):
+def test_the_helper_sends_no_hub_token_quotes_responses_and_asks_once(chat: Server, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     chat.script = lambda text, _: "low" if "You grade" in text else "red 4"
     helper = reward.Helper(chat.url, "m", folder=tmp_path)
@@ -1350,7 +1400,7 @@ def test_the_helper_sends_no_hub_token_quotes_responses_and_asks_once(chat, monk
 @pytest.mark.parametrize("reply, kept", [
     ("Goal: g.\nObservation: red 4.\nAnswer: 4", True), ("Goal: g.\nAnswer: 5", False), ("no answer", False),
     ("a\nAnswer: 4\nAnswer: 4", False), ("Answer: 4", False)])
-def test_a_refined_trace_must_parse_and_be_right(chat, reply, kept):
+def test_a_refined_trace_must_parse_and_be_right(chat: Server, reply: str, kept: bool) -> None:
     chat.script = lambda *_: reply
     helper = reward.Helper(chat.url, "m")
     helper.remember("Pool trace.\nAnswer: 9", 1.0)
@@ -1360,7 +1410,7 @@ def test_a_refined_trace_must_parse_and_be_right(chat, reply, kept):
     assert "Pool trace." in chat.seen[0][1] and "Poor trace" not in chat.seen[0][1]
 
 
-def test_faults_are_retried_counted_and_fall_back(chat, capsys):
+def test_faults_are_retried_counted_and_fall_back(chat: Server, capsys: Capture) -> None:
     faults = [500, "garbage", "wrong", "hang", ""]
     chat.script = lambda text, n: faults[n % 5] if n % 3 else "medium"
     helper = reward.Helper(chat.url, "m", timeout=0.5, attempts=3, pause=0.0)
@@ -1375,8 +1425,8 @@ def test_faults_are_retried_counted_and_fall_back(chat, capsys):
     assert dead.take_counts() == {"helper_calls": 4, "helper_failures": 10} and "Pure DyME for 60 s" in capsys.readouterr().err
 
 
-def test_full_dyme_rates_explorers_and_refines_failures_only(tiny, examples, chat):
-    def script(text, _):
+def test_full_dyme_rates_explorers_and_refines_failures_only(tiny: Policy, examples: list[Example], chat: Server) -> None:
+    def script(text: str, _: int) -> str:
         return "high" if "You grade" in text else "Refined: it is so.\nAnswer: " + re.search("Right answer: (.*)", text)[1]
     chat.script = script
     examples = sorted(examples[:4], key=lambda e: zlib.crc32(e.name.encode()))  # the first one is kept in full
@@ -1402,7 +1452,7 @@ def test_full_dyme_rates_explorers_and_refines_failures_only(tiny, examples, cha
     group = dyme.train_step(trainer, [examples[1], *examples[:3]], 0, "dyme", 1e-3)[1]  # CORRECT's first row explores
 
 
-def test_a_helper_that_is_down_is_a_clear_error_and_a_dead_one_no_loss(runs, chat, capsys, monkeypatch):
+def test_a_helper_that_is_down_is_a_clear_error_and_a_dead_one_no_loss(runs: Path, chat: Server, capsys: Capture, monkeypatch: Patch) -> None:
     url = chat.url
     assert run(runs, "a", "--helper-url", "http://127.0.0.1:9/v1", "--helper-model", "m") == 2
     assert "does not answer chat requests" in capsys.readouterr().err and not (runs / "a" / "config.json").exists()
@@ -1439,7 +1489,7 @@ sys.exit(reward.run_main(dyme.main))
 """
 
 
-def start(runs, processes, *flags):
+def start(runs: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
     """Run the driver in one process, or in several by torchrun; the finished process."""
     (runs / "driver.py").write_text(DRIVER)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
@@ -1448,12 +1498,12 @@ def start(runs, processes, *flags):
                           capture_output=True, timeout=120, check=False)
 
 
-def weights(run):
+def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "checkpoint" / "model.safetensors")
 
 
 @pytest.mark.parametrize("mode", ["dyme", "sft"])
-def test_two_processes_train_as_one(tmp_path, mode):
+def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
     for name, processes in (("one", 1), ("two", 2)):
         assert start(tmp_path, processes, "--out", name, "--mode", mode).returncode == 0
     one, two = (dyme.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
@@ -1470,7 +1520,7 @@ def test_two_processes_train_as_one(tmp_path, mode):
     assert held_out[0] == held_out[1] and held_out[0].count("\n") == 7  # every row once, in order
 
 
-def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp_path):
+def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp_path: Path) -> None:
     broken = start(tmp_path, 2, "--out", "breaks")
     assert broken.returncode == 1 and "error: row 7: is broken" in broken.stderr and "Traceback" not in broken.stdout
     assert len(dyme.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) == 2
@@ -1488,7 +1538,7 @@ EXERCISES = ("broken_target_ids", "group_gradient", "explore_if_mixed", "grounde
              "right_for_wrong_reasons", "counting_row", "matched_steps")
 
 
-def attempt(name):
+def attempt(name: str) -> Any:
     """What exercises.py calls `name`; without it the exercise is skipped."""
     file = Path(dyme.__file__).with_name("exercises.py")
     if not file.exists():
@@ -1500,7 +1550,7 @@ def attempt(name):
     return getattr(module, name)
 
 
-def test_exercise_1_predict_the_mode():
+def test_exercise_1_predict_the_mode() -> None:
     predicted = attempt("MODES")
     correct = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float)
     thinking = torch.tensor([[.2, .2, .2, .2], [.5, .5, .5, .5], [.7, .7, .7, .7], [.1, .9, .9, .9]])
@@ -1509,10 +1559,10 @@ def test_exercise_1_predict_the_mode():
     assert predicted == [("explore" if e else "memorize", bool(x)) for e, x in zip(explore, learns)]
 
 
-def test_exercise_2_break_the_end_token(tiny, examples, monkeypatch):
+def test_exercise_2_break_the_end_token(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     whole, broken, finished = dyme.target_ids, attempt("broken_target_ids"), {}
 
-    def with_the_original_at_hand(*args):
+    def with_the_original_at_hand(*args: Any) -> list[int]:
         dyme.target_ids = whole
         ids = broken(*args)
         dyme.target_ids = with_the_original_at_hand
@@ -1529,7 +1579,7 @@ def test_exercise_2_break_the_end_token(tiny, examples, monkeypatch):
     assert finished["broken"] < 0.2, f"{finished['broken']:.0%} of responses still end"
 
 
-def test_exercise_3_collapsed_groups_give_no_gradient():
+def test_exercise_3_collapsed_groups_give_no_gradient() -> None:
     gradient = attempt("group_gradient")
     torch.manual_seed(0)
     for rewards in (torch.tensor([1.0, 0.0, 0.5, 1.7]).double(), torch.full((4,), 0.7).double()):
@@ -1540,13 +1590,13 @@ def test_exercise_3_collapsed_groups_give_no_gradient():
         torch.testing.assert_close(torch.as_tensor(gradient(rewards, scores)).double(), theta.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_exercise_4_a_switch_of_your_own():
+def test_exercise_4_a_switch_of_your_own() -> None:
     switch = attempt("explore_if_mixed")
     correct = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.float)
     assert switch(correct).tolist() == [False, True, False, True]
 
 
-def test_exercise_5_a_thinking_reward_that_looks_at_the_image():
+def test_exercise_5_a_thinking_reward_that_looks_at_the_image() -> None:
     reward_of = attempt("grounded_thinking")
     for true, low in zip(reward.toy_examples("train", "high")[:100], reward.toy_examples("train", "low")[:100]):
         best = reward_of(true.hint, true.facts)
@@ -1554,7 +1604,7 @@ def test_exercise_5_a_thinking_reward_that_looks_at_the_image():
     assert reward_of("It is so.", "red 4") == 0
 
 
-def test_exercise_6_right_for_the_wrong_reasons(tmp_path):
+def test_exercise_6_right_for_the_wrong_reasons(tmp_path: Path) -> None:
     share = attempt("right_for_wrong_reasons")
     rows = [{"strict": s, "grounded_numbers": g, "quoted_numbers": q} for s, g, q in
             ((True, 2, 2), (True, 1, 2), (True, 0, 0), (False, 0, 3), (True, 0, 1))]
@@ -1563,7 +1613,7 @@ def test_exercise_6_right_for_the_wrong_reasons(tmp_path):
     assert share(tmp_path) == 0.5
 
 
-def test_exercise_7_a_domain_of_your_own(tmp_path, monkeypatch):
+def test_exercise_7_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) -> None:
     row_to_example = attempt("counting_row")
     rows = [{"picture": "1.png", "ask": f"How many cats in {i}?", "count": 3, "why": "One, two, three cats."} for i in range(12)]
     for split in ("train", "test"):
@@ -1577,7 +1627,7 @@ def test_exercise_7_a_domain_of_your_own(tmp_path, monkeypatch):
     assert all(answered(example, a)[0] for a in ("3", "three", "Three.")) and not answered(example, "four")[0]
 
 
-def test_exercise_8_a_fairer_baseline():
+def test_exercise_8_a_fairer_baseline() -> None:
     matched = attempt("matched_steps")
     parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     ours = [dict.fromkeys(parts, 0.5) for _ in range(30)]
@@ -1585,8 +1635,8 @@ def test_exercise_8_a_fairer_baseline():
     assert matched(ours, sft) == pytest.approx(120, abs=1)
 
 
-def test_vote_by_hand():
-    def prediction(parsed, strict):
+def test_vote_by_hand() -> None:
+    def prediction(parsed: str | None, strict: bool) -> Row:
         return {"parsed": parsed, "strict": strict}
     groups = [[prediction("4", True), prediction("5", False), prediction("5", False)],
               [prediction("7", True), prediction(None, False), prediction("7", True)]]
@@ -1603,14 +1653,14 @@ def test_vote_by_hand():
     (["--model", "tiny", "--data", "chartqa"], "--data chartqa"), (["--temperature", "0"], "--temperature"),
     (["--model", "nowhere/nothing", "--steps", "1"], "--model nowhere/nothing"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(runs, flags, says, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(runs: Path, flags: list[str], says: str, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     code = dyme.run_main(lambda: dyme.train(dyme.parse_config(["--out", str(runs / "x"), *flags])))
     error = capsys.readouterr().err.strip()
     assert code == 2 and says in error and error.startswith("error: ") and "\n" not in error
 
 
-def test_an_existing_run_is_not_touched_unless_asked(runs, capsys):
+def test_an_existing_run_is_not_touched_unless_asked(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     before = (runs / "a" / "metrics.jsonl").read_text()
     assert run(runs, "a", "--steps", "1") == 2 and "--overwrite" in capsys.readouterr().err
@@ -1627,7 +1677,7 @@ def test_an_existing_run_is_not_touched_unless_asked(runs, capsys):
     assert run(runs, "file") == 2
 
 
-def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs, monkeypatch, capsys):
+def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     rows = []
     for i in range(12):
         image = io.BytesIO()
@@ -1645,13 +1695,13 @@ def test_an_image_that_breaks_mid_run_costs_no_finished_step(runs, monkeypatch, 
     assert state["step"] == done
 
 
-def test_running_out_of_memory_says_which_flags_lower_it(capsys):
-    def fail():
+def test_running_out_of_memory_says_which_flags_lower_it(capsys: Capture) -> None:
+    def fail() -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     assert dyme.run_main(fail) == 2 and "--micro-batch" in capsys.readouterr().err
 
 
-def test_a_line_separator_in_a_question_breaks_no_file(runs, capsys):
+def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Capture) -> None:
     row = {"question": "Which bar\u2028 is the tallest?", "answer": "red"}
     (runs / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"{row['question']} {i}"}, ensure_ascii=False)
                                                for i in range(12)))
@@ -1662,7 +1712,7 @@ def test_a_line_separator_in_a_question_breaks_no_file(runs, capsys):
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 1  # the held-back tenth, not the training rows
 
 
-def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypatch):
+def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs: Path, monkeypatch: Patch) -> None:
     base = dyme.tiny_base(runs / "base")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
     assert dyme.tiny_base(runs / "base") == base and (base / "model.safetensors").stat().st_mtime_ns == stamp
@@ -1672,7 +1722,7 @@ def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs, monkeypa
     shutil.rmtree(base)
 
 
-def test_help_and_readme_know_every_flag_metric_and_function(runs, capsys):
+def test_help_and_readme_know_every_flag_metric_and_function(runs: Path, capsys: Capture) -> None:
     readme = (Path(dyme.__file__).parent / "README.md").read_text()
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
     with pytest.raises(SystemExit):
@@ -1693,7 +1743,7 @@ def test_help_and_readme_know_every_flag_metric_and_function(runs, capsys):
     assert len(names) > 40 and not [n for n in names - known_names if not any(hasattr(place, n) for place in known)]
 
 
-def test_the_readmes_walk_through_runs_as_printed(tiny, tmp_path, monkeypatch, capsys):
+def test_the_readmes_walk_through_runs_as_printed(tiny: Policy, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     readme = (Path(dyme.__file__).parent / "README.md").read_text()
     code = re.search(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)[1]
     monkeypatch.setattr(dyme, "load_policy", lambda *_: tiny)
