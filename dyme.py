@@ -47,7 +47,7 @@ from reward import (DivergedError, Example, Helper, UserError, append_row, bar_i
                     finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows, open_board,
                     open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl, record,
                     reference_response, report, resumed_settings, run_main, select_device, share, shrink,
-                    sum_gradients, summarise, thinking_f1, tiny_words, toy_lessons, verify, write_atomically)
+                    sum_gradients, summarise, thinking_f1, tiny_words, toy_lessons, verify, write_jsonl)
 
 # ---- Settings: every field is a flag, the comment beside it its help -----------------------------
 
@@ -180,7 +180,8 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     run = Path(name) / "checkpoint"
     source = str(run) if run.is_dir() else MODELS.get(name, name)
     try:
-        if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).parent.is_dir()
+        if not Path(source).is_dir() and not hub_id:
             raise ValueError("no such directory, nor the form of a hub id")
         processor = transformers.AutoProcessor.from_pretrained(source)  # of a text-only model: its tokenizer
         kind = transformers.AutoModelForImageTextToText
@@ -207,8 +208,7 @@ def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, im
     image_processor = getattr(processor, "image_processor", None)
     if image_edge and "longest_edge" in (getattr(image_processor, "size", None) or {}):
         image_processor.size["longest_edge"] = image_edge
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
+    configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # from an id, a list or None
     end_ids = sorted({tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None})
     if not end_ids:
         raise UserError(f"{name}: neither tokenizer, generation config nor chat template names an end token")
@@ -438,13 +438,14 @@ class Slots(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, room: int, slots: Tensor) -> None:
         super().__init__()
-        self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (keys.to(values.dtype), values))
+        half = torch.is_autocast_enabled(keys.device.type) and torch.get_autocast_dtype(keys.device.type)
+        self.keys, self.values = (F.pad(x.to(half or x.dtype), (0, 0, 0, room)) for x in (keys, values))
         self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write `keys, values: (P, H, K, D)` of the new tokens; all keys and values so far."""
         self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.slots, values)
+        self.values.index_copy_(2, self.slots, values.to(self.values.dtype))
         return self.keys, self.values
 
 
@@ -499,20 +500,22 @@ def sample(model: torch.nn.Module, prefixes: list[Prefix], uniforms: Tensor, end
     for i in range(1, limit):
         if (i % 16 == 1 or device.type == "cpu") and not alive.any():  # the CPU waits here for the GPU
             break
-        if i == 3 and device.type == "cuda":  # the first steps warm up, and cast the weights
-            step = capture(step)
+        if i == 3 and device.type == "cuda" and not hasattr(model, "uncapturable"):  # two steps to warm up,
+            step = capture(model, step)  # and to cast the weights
         step()
     length = int(mask.sum(1).max())
     return Rollout(ids[:, :length], mask[:, :length], ~alive, entropies[:, :length])
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
+def capture(model: torch.nn.Module, step: Callable[[], None]) -> Callable[[], None]:
     """Record a step as a CUDA graph: to replay it is one call, where Python would launch every kernel."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on meanwhile
             step()
-    except RuntimeError as error:
+    except RuntimeError as error:  # which leaves the capture's stream in use
+        torch.cuda.set_stream(torch.cuda.default_stream())
+        model.uncapturable = True
         tqdm.write(f"decoding without a CUDA graph, slowly: {str(error).splitlines()[0]}", file=sys.stderr)
         return step
     return graph.replay
@@ -644,7 +647,7 @@ def memorization_sequences(policy: Policy, examples: list[Example], weights: lis
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
 
 
-def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
+def pack(rows: Iterable[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
     """Lay sequences of `lengths` to the prompts `rows` end to end, in rows of up to `limit` tokens.
 
     Returns the prompt of every packed row, and the packed row and the start of every sequence. Sequences
@@ -892,9 +895,9 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.policy.model.parameters(), 1.0).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite or scaler.is_enabled():  # the scaler skips by itself, and must see that it has to
+    if finite or (scaler.is_enabled() and not math.isfinite(norm)):  # such a step the scaler skips by itself
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad()
     searching = scaler.is_enabled() and scaler.get_scale() >= 1
     trainer.failures = 0 if finite else trainer.failures + (not searching)
@@ -1068,8 +1071,8 @@ def train(cfg: Config) -> None:
     gather(lambda: is_main() and prepare_run(cfg))
     run = Path(cfg.out)
     base = str(run.resolve().parent / "tiny-base") if cfg.model == "tiny" else cfg.model
-    gather(lambda: is_main() and cfg.model == "tiny" and tiny_base(Path(base)))
     resumed = cfg.resume and (run / "checkpoint").exists()
+    gather(lambda: is_main() and cfg.model == "tiny" and not (resumed and not cfg.beta) and tiny_base(Path(base)))
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
     gather(lambda: trainer.helper and trainer.helper.check_server())
     step = load_checkpoint(run, trainer, rows) if resumed else 0
@@ -1124,15 +1127,14 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) -> None:
     """Answer held-out rows greedily, into `held-out-STEP.jsonl`; averages go to `evaluations.jsonl`."""
-    cfg = trainer.cfg
-    own = share(len(held_out))
+    cfg, own = trainer.cfg, share(len(held_out))
     parts = gather(lambda: list(respond(trainer.policy, held_out[own.start:own.stop], cfg.max_new_tokens,
                                         4 * cfg.micro_batch)))
     if not is_main():
         return
     predictions = [*itertools.chain(*parts)]
     summary = summarise(predictions)
-    write_atomically(run / f"held-out-{step}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     record(run / "evaluations.jsonl", {"step": step} | summary, trainer.board)
     tqdm.write(f"step {step}: held-out accuracy {summary['strict']:.3f}, "
                f"answers in the format {summary['in_format']:.3f}")
@@ -1155,8 +1157,7 @@ def tiny_base(folder: Path) -> Path:
     with contextlib.suppress(OSError):
         if (folder / "recipe.json").read_text() == recipe:
             return folder
-    r = argparse.Namespace(**TINY_RECIPE)
-    new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    r, new = argparse.Namespace(**TINY_RECIPE), folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         new.mkdir(parents=True)
     except OSError as error:
@@ -1169,9 +1170,8 @@ def tiny_base(folder: Path) -> Path:
         inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
         targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
                    for i, (example, response) in enumerate(batch)]
-        rows, weights = [*range(r.batch)], torch.full((r.batch,), 1 / r.batch)
-        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, rows, targets, 1.0)
-        policy_loss(logprobs, mask, weights, explore).backward()
+        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, range(r.batch), targets, 1.0)
+        policy_loss(logprobs, mask, torch.full((r.batch,), 1 / r.batch), explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = r.lr * min((step + 1) / r.warmup, 1 - 0.9 * step / r.steps)

@@ -13,10 +13,12 @@ or of the whole text without one; *strict* also wants the format: one flag, an a
 import argparse  # noqa: I001, which would give every name below a line
 import base64
 import contextlib
+import copy
 import io
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -31,13 +33,13 @@ from huggingface_hub import constants
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from dyme import (CHANGEABLE_ON_RESUME, Config, Groups, Policy, Prefix, Rollout, Sequence, encode_prefix,
-                  encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer, own_chunks,
-                  peak_memory_gib, respond, score, select_device, sequence_logprobs, stage, step_rows,
-                  tiny_policy, train_step, vision_once, vision_towers)
-from reward import (FLAG, Example, UserError, answers_match, append_row, is_main, load_data, one_line_parser,
-                    quoted_numbers, read_config, read_jsonl, run_main, share, shrink, spread, summarise,
-                    write_atomically)
+from dyme import (CHANGEABLE_ON_RESUME, MODELS, Config, Groups, Policy, Prefix, Rollout, Sequence,
+                  encode_prefix, encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer,
+                  own_chunks, peak_memory_gib, respond, score, select_device, sequence_logprobs, stage,
+                  step_rows, tiny_policy, train_step, vision_once, vision_towers)
+from reward import (FLAG, Example, UserError, is_main, load_data, one_line_parser, quoted_numbers,
+                    read_config, read_jsonl, run_main, share, shrink, spread, summarise, write_atomically,
+                    write_jsonl)
 
 COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
 
@@ -66,6 +68,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0")
+    for name in args.model:
+        if not Path(name).exists() and name not in MODELS and Path(name).parent.is_dir():
+            raise UserError(f"--model {name}: no such folder, nor a short name or hub id")
     if args.out and len(args.model) > 1:
         raise UserError("--out names one folder; with several models, leave it out")
     return args
@@ -73,19 +78,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Answer the test split with one model, write predictions.jsonl, and return the averages."""
-    is_run = (Path(name) / "config.json").exists() and (Path(name) / "checkpoint").is_dir()
+    is_run = (Path(name) / "config.json").exists() and (Path(name) / "metrics.jsonl").exists()
+    if is_run and not (Path(name) / "checkpoint").is_dir():
+        raise UserError(f"--model {name}: this run has no checkpoint yet (see --save-every)")
     saved = read_config(Path(name), Config) if is_run else {}
     data = args.data or saved.get("data", "toy")
-    toy, own = data == "toy", data == saved.get("data") and data.endswith((".json", ".jsonl"))
+    toy, rows = data == "toy", data.endswith((".json", ".jsonl"))
+    own = rows and is_run and Path(data).resolve() == Path(saved["data"]).resolve()
     examples = load_data(data, "val" if own else "test")  # of your own rows, the tenth that was held back
+    if rows and not own:
+        print(f"{name}: tested on all {len(examples)} rows of {data}", file=sys.stderr)
     examples = spread(examples, args.limit or len(examples))
+    policy = load_policy(name, select_device(args.device), args.image_edge or saved.get("image_edge", 0))
     out = Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}"))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "predictions.jsonl", "")
+        (out / "predictions.jsonl").open("a").close()  # to know before the work is done
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    policy = load_policy(name, select_device(args.device), args.image_edge or saved.get("image_edge", 0))
     limit = args.max_new_tokens or (saved.get("max_new_tokens", Config.max_new_tokens) if toy else 1024)
     batch = args.batch or (64 if toy else 8)
     predictions = list(respond(policy, examples, limit, batch))
@@ -94,27 +104,32 @@ def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         draws = list(respond(policy, examples, limit, max(1, batch // args.samples), args.samples,
                              args.temperature, args.seed))
         groups = [draws[i:i + args.samples] for i in range(0, len(draws), args.samples)]
-        summary |= vote(examples, groups)
+        summary |= vote(groups)
         for prediction, group in zip(predictions, groups, strict=True):
             prediction["samples"] = [{key: p[key] for key in ("response", "parsed", "strict")} for p in group]
-    for prediction in predictions:
-        append_row(out / "predictions.jsonl", prediction)
+    write_jsonl(out / "predictions.jsonl", predictions)
     write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
     print(f"wrote {out / 'predictions.jsonl'}", file=sys.stderr)
-    setting = {key: value for key, value in saved.items() if key not in CHANGEABLE_ON_RESUME | {"seed"}}
-    return summary | {"setting": json.dumps(setting) if saved else name, "mode": saved.get("mode", "base"),
+    return summary | {"setting": pooling_key(Path(name), saved) if saved else name, "mode": saved.get("mode", "base"),
                       "seed": saved.get("seed", "-")}
 
 
-def vote(examples: list[Example], groups: list[list[dict[str, Any]]]) -> dict[str, float]:
+def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
     """pass@k (any of k samples is right) and majority@k (the commonest answer in the format is right)."""
     passed, majority, k = 0, 0, len(groups[0])
-    for example, group in zip(examples, groups, strict=True):
-        answers = Counter(p["parsed"].lower().rstrip(".").replace(",", "") for p in group if p["parsed"])
-        passed += any(p["strict"] for p in group)
-        accepts = example.accepts or (lambda given, limit, right=example.answer: answers_match(given, right, limit))
-        majority += bool(answers) and bool(accepts(answers.most_common(1)[0][0], 0.05))
+    for group in groups:
+        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["strict"]) for p in group]
+        commonest = Counter(answer for answer, _ in said if answer).most_common(1)
+        passed += any(right for _, right in said)
+        majority += any(right for answer, right in said if commonest and answer == commonest[0][0])
     return {f"pass@{k}": passed / len(groups), f"majority@{k}": majority / len(groups)}
+
+
+def pooling_key(run: Path, cfg: dict[str, Any]) -> str:
+    """What runs have in common that differ in nothing but the seed; the toy's base lies beside its runs."""
+    setting = {key: value for key, value in cfg.items() if key not in CHANGEABLE_ON_RESUME | {"seed"}}
+    base = str(run.resolve().parent) if cfg["model"] == "tiny" else ""
+    return json.dumps([len(read_jsonl(run / "metrics.jsonl")), base, setting])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -127,8 +142,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         shown = [f"{row[c]:12.3f}" if isinstance(row.get(c), float) else f"{'-':>12}" for c in columns]
         print(" ".join([f"{row['model']:{width}} {row['mode']:9} {row['seed']:>4} {row['rows']:5}", *shown]))
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        seeds = [row for row in rows if row["setting"] == setting]
-        if len({row["seed"] for row in seeds}) > 1:
+        seeds = [*{row["seed"]: row for row in rows if row["setting"] == setting}.values()]
+        if len(seeds) > 1:
             for column in ("strict", "official"):
                 scores = [row[column] for row in seeds]
                 mean = sum(scores) / len(scores)
@@ -144,8 +159,12 @@ def benchmark(cfg: Config) -> None:
     device, (rows, _) = select_device(cfg.device), load_rows(cfg)
     policy = tiny_policy(0) if cfg.model == "tiny" else load_policy(cfg.model, device, cfg.image_edge)
     policy = replace(policy, model=policy.model.to(device), device=device, end_ids=[-1])  # none ever ends
-    trainer = make_trainer(cfg, policy, cfg.model)
-    trainer.score = coin_flips
+    trainer = make_trainer(replace(cfg, beta=0.0), policy, "")
+    trainer.cfg, trainer.score = cfg, coin_flips
+    if cfg.beta:
+        trainer.reference = copy.deepcopy(policy.model).requires_grad_(False)
+    if trainer.helper:
+        trainer.helper.file = None
     spent, stream, records = time_sampling(policy), feed(trainer, rows, range(cfg.benchmark + 1)), []
     with contextlib.closing(stream):
         for step in tqdm(range(cfg.benchmark + 1), "benchmark", ncols=80, disable=not is_main()):
@@ -383,7 +402,7 @@ def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]
 def describe_group(cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
     def mark(text: str) -> list[list[str]]:
-        parts, end, thinking = [], 0, text[:text.find(FLAG)] if FLAG in text else text
+        parts, end, thinking = [], 0, re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
         for start, stop, grounded in quoted_numbers(thinking, group["facts"] or "", group["question"]):
             parts += [[text[end:start], ""], [text[start:stop], "yes" if grounded else "no"]]
             end = stop
@@ -433,6 +452,8 @@ def add_images(images: dict[str, str], run: Path, cfg: dict[str, Any], described
                budget: float) -> int:
     """Add pictures of a run's groups, as data addresses, if its data is at hand and they fit; the bytes used."""
     described["pictures"], used = "the page would grow too large", 0
+    if all(group["image"] in images for group in described["groups"]):
+        return 0
     try:
         with without_downloads():
             rows = {row.name: row for row in load_rows(argparse.Namespace(**cfg))[0]}
@@ -474,7 +495,9 @@ def compare_answers(names: list[str], runs: list[tuple[Path, dict[str, Any]]]) -
             after = {"name": f"{name} at step {steps[-1]}", "before": before}
             columns.append(after | {"answers": held_out(run, steps[-1])})
     counts = Counter(key for column in columns for key in column["answers"])
-    keys = spread([key for key, count in counts.items() if count == max(counts.values())], ANSWERS)
+    most = [max((counts[key] for key in column["answers"]), default=0) for column in columns]  # that share a row
+    keys = spread([key for key in counts if any(
+        key in c["answers"] and counts[key] == n for c, n in zip(columns, most, strict=True))], ANSWERS)
     found = [[column["answers"].get(key) for column in columns] for key in keys]
     return {"columns": [{"name": c["name"], "before": c["before"]} for c in columns], "rows": [
         {"question": key[1], "answer": next(filter(None, rows))["answer"], "cells": [row and {
@@ -493,8 +516,7 @@ def result_table(names: list[str], runs: list[tuple[Path, dict[str, Any]]]) -> d
         scores = [*(last.get(key) for key in keys), seconds / 60]
         size = [str(len(metrics)), str(last.get("step", "–")), str(last.get("rows", "–"))]
         rows.append([name, *map(rounded, scores), cfg["mode"], str(cfg["seed"]), *size])
-        setting = {k: v for k, v in cfg.items() if k not in CHANGEABLE_ON_RESUME | {"seed"}}
-        settings.setdefault(json.dumps([size, setting]), {})[cfg["seed"]] = (rows[-1], scores)
+        settings.setdefault((pooling_key(run, cfg), *size), {})[cfg["seed"]] = (rows[-1], scores)
     for seeds in settings.values():
         if len(seeds) > 1:
             likes, columns = zip(*seeds.values(), strict=True)
@@ -566,7 +588,8 @@ mark.no { background: var(--badbg); border: 2px dashed var(--bad); }
 .bar::after { content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; border-left: 1px solid; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-th[scope=row] { position: sticky; left: 0; min-width: 7.5rem; max-width: 40vw; background: var(--bg); overflow-wrap: anywhere; }
+th[scope=row] { position: sticky; left: 0; min-width: 7.5rem; max-width: 40vw; background: var(--bg);
+  overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 td .text { min-width: 14rem; }
 </style>
@@ -741,7 +764,7 @@ function draw() {
           "div",
           {class: "card"},
           ...title,
-          make("p", {}, "The runs shown have no values here yet."),
+          make("p", {}, unit === chart.unit ? "The runs shown have no values here yet." : "No run shown starts above 0."),
         );
         none.move = () => {};
         return none;

@@ -304,11 +304,14 @@ class Helper:
         self.examples: deque[str] = deque(maxlen=3)  # traces rated high, for the refiner's template
         self.counts, self.failed_in_a_row, self.resumes = Counter(), 0, 0.0
         self.file = folder / "helper.jsonl" if folder else None
-        self.known = {row["key"]: row["reply"] for row in (read_jsonl(self.file) if self.file else [])}
+        rows = read_jsonl(self.file) if self.file else []
+        self.known = {row["key"]: row["reply"] for row in rows}
+        if self.file and self.file.exists() and is_main():
+            write_jsonl(self.file, rows)  # less a line that a crash cut short
 
     def check_server(self) -> None:
         """Ask for one word. Raises UserError if the helper does not answer."""
-        if self.ask("Reply with one word: ready") is None:
+        if self.ask(f"Reply with one word: ready ({time.time():.0f})") is None:  # so as not to be known already
             raise UserError(f"--helper-url {self.url}: does not answer chat requests for --helper-model "
                             f"{self.model} ({self.reason})")
 
@@ -328,10 +331,11 @@ class Helper:
                 reply = out.choices[0].message.content
                 if not isinstance(reply, str) or not reply.strip():
                     raise ValueError("an empty reply")
-                return self.keep(key, reply)
             except Exception as error:  # noqa: BLE001 - servers fail in many ways, and all mean the same here
                 self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
                 time.sleep(0.2 * 4**attempt if attempt + 1 < self.attempts else 0.0)
+            else:
+                return self.keep(key, reply)
         self.count("helper_failures")
         with self.lock:
             self.failed_in_a_row += 1
@@ -394,9 +398,13 @@ class Helper:
 
 def open_helper(cfg: Any) -> Helper | None:
     """The helper that the settings name, if any; its key comes from the environment."""
-    key = os.environ.get(cfg.helper_key_env, "")
-    return Helper(cfg.helper_url, cfg.helper_model, key, cfg.helper_concurrency,
-                  Path(cfg.out)) if cfg.helper_url else None
+    if not cfg.helper_url:
+        return None
+    helper = Helper(cfg.helper_url, cfg.helper_model, os.environ.get(cfg.helper_key_env, ""),
+                    cfg.helper_concurrency, Path(cfg.out))
+    if not cfg.resume:
+        helper.known.clear()  # replies to a run that is to be overwritten
+    return helper
 
 
 def parse_rating(reply: str | None) -> float | None:
@@ -659,13 +667,17 @@ def download(name: str, domain: Domain) -> Path:
 
 
 def parse_rows(file: Path) -> list[Any]:
-    """The rows of a .json list or a .jsonl file. Raises UserError naming the file."""
+    """The rows of a .json list or a .jsonl file. Raises UserError naming the file, and the line of a .jsonl."""
+    where = ""
     try:
         text = file.read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else json.loads(text)
+        rows, lines = [], text.split("\n") if file.suffix == ".jsonl" else []
+        for number, line in enumerate(lines, 1):
+            where = f"line {number}: "
+            rows += [json.loads(line)] if line.strip() else []
+        where, rows = "", rows if lines else json.loads(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+        raise UserError(f"{file}: cannot be read ({where}{error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds no list of rows")
     return rows
@@ -1131,10 +1143,18 @@ def check_config(cfg: Any) -> None:
     if not re.fullmatch(rules, cfg.switch):
         raise UserError(f"--switch {cfg.switch}: give any-correct, threshold:0.8, anneal, budget:192, "
                         "explore or memorize")
+    if cfg.switch.startswith("budget:") and int(cfg.switch.partition(":")[2]) < cfg.prompts:
+        raise UserError(f"--switch {cfg.switch}: give at least --prompts {cfg.prompts}, or the buffer may grow for ever")
     if cfg.mode != "dyme" and (cfg.switch != type(cfg).switch or cfg.helper_url):
         raise UserError(f"--switch and --helper-url belong to --mode dyme, not {cfg.mode}")
     if bool(cfg.helper_url) != bool(cfg.helper_model):
         raise UserError("--helper-url and --helper-model belong together")
+    if cfg.helper_url and not cfg.helper_url.startswith(("http://", "https://")):
+        raise UserError(f"--helper-url {cfg.helper_url}: must begin with http:// or https://")
+    if (cfg.no_checker or cfg.no_refiner) and (not cfg.helper_url or cfg.no_checker and cfg.no_refiner):
+        raise UserError("--no-checker and --no-refiner leave out one half of what --helper-url brings")
+    if cfg.resume and (cfg.overwrite or cfg.benchmark):
+        raise UserError("--resume goes on with a run; leave out --overwrite and --benchmark")
     if cfg.helper_key_env and cfg.helper_key_env not in os.environ:
         raise UserError(f"--helper-key-env {cfg.helper_key_env}: no such environment variable")
     if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
@@ -1148,10 +1168,12 @@ def check_config(cfg: Any) -> None:
 
 def run_main(program: Callable[[], None]) -> int:
     """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     keep_freed_memory()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         program()
@@ -1174,6 +1196,9 @@ def run_main(program: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the output went into `head` or the like, which has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -1255,10 +1280,11 @@ def begin_run(cfg: Any, step: int, resumed: bool) -> None:
         for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
             if not (cfg.resume and file.name == "helper.jsonl"):  # paid replies outlive a crash before a save
                 file.unlink()
-        write_atomically(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    settings = dataclasses.asdict(cfg) | {"resume": False}  # what --resume changes holds from now on
+    write_atomically(run / "config.json", json.dumps(settings, indent=2) + "\n")
     for name, kept in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
-        lines = [json.dumps(row) + "\n" for row in read_jsonl(run / f"{name}.jsonl") if row["step"] <= kept]
-        write_atomically(run / f"{name}.jsonl", "".join(lines))
+        rows = [row for row in read_jsonl(run / f"{name}.jsonl") if row["step"] <= kept]
+        write_jsonl(run / f"{name}.jsonl", rows)
 
 
 def report(cfg: Any, run: Path) -> None:
@@ -1270,7 +1296,8 @@ def report(cfg: Any, run: Path) -> None:
     before, *_, after = read_jsonl(run / "evaluations.jsonl")
     print(f"\nheld-out accuracy: {before['strict']:.3f} before, {after['strict']:.3f} after {cfg.steps} "
           f"steps of {cfg.mode} ({after['rows']} rows, greedy, only answers in the format count)")
-    print(f"everything is in {run}; next: python eval.py --model {shlex.quote(str(run))}")
+    quoted = shlex.quote(str(run))
+    print(f"everything is in {run}; next: python eval.py --model {quoted}, python eval.py report {quoted}")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -1321,6 +1348,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, at one stroke."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- Devices -------------------------------------------------------------------------------------

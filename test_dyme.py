@@ -526,6 +526,26 @@ def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny: Policy, example
         assert torch.allclose(logprobs[0], logits.log_softmax(-1).gather(1, sampled.T).squeeze(1), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_samples_and_trains(family: str, dtype: torch.dtype) -> None:
+    """What CUDA does, tried on the CPU: under autocast keys and values come in different precisions."""
+    model = tiny_family(family).float()
+    rows = [family_inputs(family, [10, 11, 12], 1), family_inputs(family, [13, 14], 2)]
+    inputs = {k: x.float() if x.is_floating_point() else x for k, x in pad_batch(rows).items()}
+    with torch.autocast("cpu", dtype=dtype):
+        with torch.no_grad():
+            merged = dyme.merge([dyme.encode_prefix(model, inputs)], 4, torch.arange(2))
+            assert all(layer.keys.dtype == layer.values.dtype == dtype for layer in merged.cache.layers)
+        rolled = dyme.sample(model, [dyme.encode_prefix(model, inputs)], torch.rand(4, 6), [-1], 0, 1.0)
+        logprobs, mask = dyme.completion_logprobs(model, dyme.encode_prefix(model, inputs), [0, 0, 1, 1],
+                                                  rolled.ids.tolist(), torch.ones(4))
+    logprobs.mean().backward()
+    exact, _ = dyme.completion_logprobs(model, dyme.encode_prefix(model, inputs), [0, 0, 1, 1], rolled.ids.tolist(),
+                                        torch.ones(4))
+    assert logprobs.dtype == torch.float32 and mask.all() and torch.allclose(logprobs, exact, atol=0.05)
+
+
 def test_packing_by_hand() -> None:
     assert dyme.pack([0, 0, 0, 2], [3, 2, 3, 0], limit=5) == ([0, 0, 2], [0, 0, 1, 2], [0, 3, 0, 0])
     assert dyme.pack([1, 1], [9, 9], limit=5) == ([1, 1], [0, 1], [0, 0])  # too long for any row
@@ -618,6 +638,12 @@ def test_spread_takes_rows_from_all_over() -> None:
 
 
 def test_missing_template_and_missing_package_are_one_line(tiny: Policy, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="runs/nope: cannot be loaded .no such directory"):  # and not a hub id
+        dyme.load_policy("runs/nope", CPU)
+    with pytest.raises(UserError, match="runs/nope: no such folder"):
+        evaluation.main(["--model", "runs/nope"])
     processor = dyme.tiny_policy(0).processor
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
@@ -742,7 +768,51 @@ def test_kl_pulls_towards_the_reference(tiny: Policy, examples: list[Example]) -
     metrics, _ = dyme.train_step(trainer, examples[:2], 0, "grpo", 1e-2)
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first step starts at the reference
     metrics, _ = dyme.train_step(trainer, examples[:2], 1, "grpo", 1e-2)
-    assert metrics["kl"] > 0
+    assert metrics["kl"] > 0 and metrics["loss"] == pytest.approx(0.5 * metrics["kl"], abs=1e-5)  # the rest sums to 0
+    inputs, sampled = dyme.encode_prompts(trainer.policy, examples[:2], room=40), [[20, 21, 22], [23, 24]]
+    sequences = [Sequence(i, ids, 0.0, True) for i, ids in enumerate(sampled)]
+    ours, frozen = (dyme.sequence_logprobs(trainer.policy, model, inputs, [0, 1], sequences, 1.0)[0].detach()
+                    for model in (trainer.policy.model, trainer.reference))
+    k3 = dyme.kl_estimate(ours, frozen)
+    total = dyme.accumulate_gradients(trainer, [inputs], [range(2)], sequences, prompts=2)
+    assert total["kl"] == pytest.approx((k3[0].sum() / 3 + k3[1, :2].sum() / 2).item() / (4 * 2), rel=1e-5)  # K = 4
+
+
+def test_the_gradient_is_clipped_and_the_learning_rate_is_the_steps(tiny: Policy, examples: list[Example]) -> None:
+    trainer = make_trainer(tiny)
+    trainer.optimizer = torch.optim.SGD(trainer.policy.model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in trainer.policy.model.parameters()]
+    metrics, _ = dyme.train_step(trainer, examples[:2], 0, "sft", 0.25)
+    moved = [a - b for a, b in zip(before, trainer.policy.model.parameters(), strict=True)]
+    assert metrics["grad_norm"] > 1 and torch.stack([m.norm() for m in moved]).norm().item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_step_metrics_by_hand() -> None:
+    zeros, correct = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    groups = dyme.Groups([[1, 2], [3], [4, 5, 6], [7, 8]], ["a"] * 4, [True, False, False, False], correct, zeros, zeros,
+                         correct, torch.tensor([[2.0, 1.0], [0.5, 0.5]]))
+    targets = [Sequence(1, [1, 2, 3], 0.5, False)]
+    metrics = dyme.step_metrics(groups, 1, targets)
+    assert (metrics["truncated"], metrics["entropy"], metrics["response_length"]) == (0.75, 0.5, 2.0)
+    assert (metrics["accuracy"], metrics["none_correct"], metrics["no_variance"]) == (0.25, 0.5, 0.5)
+    assert (metrics["memorized"], metrics["target_length"], metrics["tokens"]) == (0.5, 3.0, 8)
+
+
+def test_ctrl_c_twice_stops_at_once_but_a_sigterm_after_it_does_not() -> None:
+    with reward.finish_step_on_interrupt() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes it on
+        assert received == [signal.SIGINT, signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_draws_for_equal_prompts_differ_by_row(tiny: Policy, examples: list[Example]) -> None:
+    drawn = list(dyme.respond(tiny, [examples[0]] * 4, 8, 2, samples=2))
+    assert len({p["response"] for p in drawn}) > 4 and all(p["name"] == examples[0].name for p in drawn)
+    assert reward.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["strict"]  # the metric's 5 %
+    assert not reward.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["strict"]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
@@ -801,7 +871,7 @@ def test_exploration_alone_raises_accuracy(tiny: Policy, examples: list[Example]
     trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
     for step in range(25):
         dyme.train_step(trainer, rows, step, "sft", 2e-3)
-    log = [dyme.train_step(trainer, rows, step, "grpo", 3e-4)[0]["accuracy"] for step in range(40)]
+    log = [dyme.train_step(trainer, rows, step, "grpo", 3e-4)[0]["accuracy"] for step in range(80)]
     start, end = sum(log[:10]) / 10, sum(log[-10:]) / 10
     assert 0.1 < start < 0.6 and end > start + 0.08
 
@@ -898,6 +968,30 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     table = capsys.readouterr().out
     assert "2 seeds: mean" in table and "pass@2" in table and "groundedness" in table
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
+
+
+def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "2") == 0 and run(runs, "b", "--steps", "2", "--seed", "1") == 0
+    shutil.copytree(runs / "a", runs / "copy")
+    shutil.copytree(runs / "b", runs / "elsewhere" / "b")  # beside another base
+    shutil.copytree(runs / "b", runs / "shorter")
+    (runs / "shorter" / "metrics.jsonl").write_text((runs / "b" / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    for folder, score, spent in (("a", 0.2, 60), ("b", 0.6, 120)):
+        (runs / folder / "evaluations.jsonl").write_text(json.dumps({"step": 2, "strict": score, "rows": 8}) + "\n")
+        rows = [{"step": step, "seconds_update": spent} for step in range(2)]
+        (runs / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["a", "copy", "b", "elsewhere/b", "shorter"]
+    found = [(runs / name, reward.read_config(runs / name, Config)) for name in names]
+    assert len({evaluation.pooling_key(*each) for each in found}) == 3
+    table = evaluation.result_table(names[::2], found[::2])["rows"]
+    assert table[0][:2] == ["a", "0.200"] and table[0][5:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
+    assert table[3][0].endswith("2 seeds like a") and table[3][1] == "0.400 (0.200 – 0.600)"
+    assert table[3][5] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
+    evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "strict": i / 10, "official": 0.5,
+                             "setting": evaluation.pooling_key(path, cfg)} for i, (n, (path, cfg)) in
+                            enumerate(zip(names, found, strict=True))])
+    out = capsys.readouterr().out
+    assert "strict, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out and out.count("strict, ") == 1  # the copy for a
 
 
 # ---- The report ----------------------------------------------------------------------------------
@@ -1080,6 +1174,8 @@ def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs: Path, mo
     table = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[2:9]}
     assert list(table) == ["feed", "vision", "prompt", "decode", "scoring", "update", "step"]
     assert all(table[part][1] >= 0 for part in table) and table["step"][0] == float(lines[-1].split()[1])
+    monkeypatch.setattr(sys, "argv", ["dyme.py", *flags, "--mode", "grpo", "--beta", "0.1"])  # with a reference
+    assert reward.run_main(dyme.main) == 0
 
 
 def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Policy, examples: list[Example]) -> None:
@@ -1101,7 +1197,7 @@ def cuda_policy() -> Policy:
 def test_a_cuda_graph_samples_what_plain_steps_do(examples: list[Example], monkeypatch: Patch) -> None:
     policy, results, captured = cuda_policy(), [], []
     capture = dyme.capture
-    for wrapper in (lambda step: captured.append(capture(step)) or captured[-1], lambda step: step):
+    for wrapper in (lambda *args: captured.append(capture(*args)) or captured[-1], lambda _, step: step):
         monkeypatch.setattr(dyme, "capture", wrapper)
         inputs = dyme.encode_prompts(policy, examples[:3], room=24)
         results.append(dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, range(3), 4, 24), 1.0))
@@ -1155,9 +1251,12 @@ def test_budget_memorizes_failures_when_there_are_enough_and_survives_a_resume(t
         failed = group["name"] == examples[4 * step + 1].name
         assert group["mode"] == ("buffered" if failed else "exploration")
     trainer.buffer[0] = dataclasses.replace(trainer.buffer[0], hint="refined")
+    trainer.failures, trainer.helper = 7, SimpleNamespace(examples=["pool"])
     dyme.save_checkpoint(tmp_path, trainer, 3)
     again = make_trainer(tiny, CORRECT, switch="budget:2")
+    again.helper = SimpleNamespace(examples=[])
     assert dyme.load_checkpoint(tmp_path, again, examples) == 3 and again.buffer == trainer.buffer
+    assert again.failures == 7 and again.helper.examples == ["pool"]
 
 
 # ---- Domains -------------------------------------------------------------------------------------
@@ -1418,7 +1517,7 @@ def test_faults_are_retried_counted_and_fall_back(chat: Server, capsys: Capture)
     ratings = helper.map(helper.rate, [(example, f"response {i}") for i in range(12)])
     counts = helper.take_counts()
     assert set(ratings) <= {0.5, None} and 0.5 in ratings and ratings.count(None) == counts["helper_failures"]
-    assert counts["helper_calls"] == len(chat.seen) > 12  # none lost
+    assert counts["helper_calls"] >= len(chat.seen) > 12  # a request that hangs may be given up before it is read
     chat.script = lambda *_: 500
     dead = reward.Helper(chat.url, "m", attempts=1, pause=60.0, concurrency=1)
     assert dead.map(dead.rate, [(example, f"x {i}") for i in range(10)]) == [None] * 10
@@ -1449,7 +1548,10 @@ def test_full_dyme_rates_explorers_and_refines_failures_only(tiny: Policy, examp
         trainer.helper = reward.Helper(chat.url, "m")
         _, group = dyme.train_step(trainer, examples, 0, "dyme", 1e-3)
         assert chat.seen and not any(word in text for _, text in chat.seen)
-    group = dyme.train_step(trainer, [examples[1], *examples[:3]], 0, "dyme", 1e-3)[1]  # CORRECT's first row explores
+    trainer = make_trainer(tiny, CORRECT)
+    trainer.helper = reward.Helper(chat.url, "m")
+    dyme.train_step(trainer, examples, 0, "dyme", 1e-3)
+    assert len(trainer.helper.examples) == 3  # what was rated high serves the refiner
 
 
 def test_a_helper_that_is_down_is_a_clear_error_and_a_dead_one_no_loss(runs: Path, chat: Server, capsys: Capture, monkeypatch: Patch) -> None:
@@ -1460,6 +1562,15 @@ def test_a_helper_that_is_down_is_a_clear_error_and_a_dead_one_no_loss(runs: Pat
     assert run(runs, "b", "--helper-url", url, "--helper-model", "m", "--steps", "2") == 0
     rows = dyme.read_jsonl(runs / "b" / "metrics.jsonl")
     assert len(rows) == 2 and sum(row["helper_failures"] for row in rows) > 0
+    assert run(runs, "b", "--helper-url", url, "--helper-model", "m", "--overwrite") == 2  # an old reply is no sign of life
+    chat.script, chat.seen = lambda *_: "ready", []
+    with open(runs / "b" / "helper.jsonl", "a") as file:
+        file.write('{"key": "cut of')
+    assert run(runs, "b", "--resume") == 0 and len(dyme.read_jsonl(runs / "b" / "helper.jsonl")) == 1
+    assert "cut of" not in (runs / "b" / "helper.jsonl").read_text()
+    monkeypatch.setattr(sys, "argv", ["dyme.py", "--benchmark", "1", "--helper-url", url, "--helper-model", "m"])
+    chat.seen.clear()
+    assert reward.run_main(dyme.main) == 0 and len(chat.seen) == len({text for _, text in chat.seen}) > 0  # asked once
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run(runs, "c", "--helper-url", url, "--helper-model", "m") == 2 and "HF_HUB_OFFLINE" in capsys.readouterr().err
 
@@ -1556,7 +1667,9 @@ def test_exercise_1_predict_the_mode() -> None:
     thinking = torch.tensor([[.2, .2, .2, .2], [.5, .5, .5, .5], [.7, .7, .7, .7], [.1, .9, .9, .9]])
     explore = dyme.choose_mode(correct)
     learns = ~explore | ~dyme.no_variance(correct + thinking)
-    assert predicted == [("explore" if e else "memorize", bool(x)) for e, x in zip(explore, learns)]
+    right = [("explore" if e else "memorize", bool(x)) for e, x in zip(explore, learns, strict=True)]
+    if predicted != right:  # no assert, which would show the solution
+        pytest.fail("not yet: a right response makes a group explore, differing rewards give a gradient", pytrace=False)
 
 
 def test_exercise_2_break_the_end_token(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
@@ -1640,15 +1753,19 @@ def test_vote_by_hand() -> None:
         return {"parsed": parsed, "strict": strict}
     groups = [[prediction("4", True), prediction("5", False), prediction("5", False)],
               [prediction("7", True), prediction(None, False), prediction("7", True)]]
-    examples = [Example("q", "4"), Example("q", "7")]
-    assert evaluation.vote(examples, groups) == {"pass@3": 1.0, "majority@3": 0.5}
+    assert evaluation.vote(groups) == {"pass@3": 1.0, "majority@3": 0.5}
+    for forms in (("B", "b", "C"), ("[22, 35]", "[22,35]", "[35, 22]"), ("Cape Verde, 5", "Cape Verde, 5.", "5")):
+        group = [prediction(form, right) for form, right in zip(forms, (True, True, False), strict=True)]
+        assert evaluation.vote([group]) == {"pass@3": 1.0, "majority@3": 1.0}
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--bogus"], "--bogus"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
     (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "x"], "missing.json"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
-    (["--hints", "x"], "--hints"), (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), (["--resume", "--overwrite"], "is not a run folder"),
+    (["--helper-url", "localhost:1", "--helper-model", "m"], "must begin with http"), (["--switch", "budget:7"], "--prompts 8"),
+    (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--mode", "two-stage", "--sft-steps", "9", "--steps", "9"], "--sft-steps 9"), (["--prompts", "x"], "--prompts"),
     (["--model", "tiny", "--data", "chartqa"], "--data chartqa"), (["--temperature", "0"], "--temperature"),
     (["--model", "nowhere/nothing", "--steps", "1"], "--model nowhere/nothing"),
@@ -1710,6 +1827,11 @@ def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Captu
     assert len(dyme.read_jsonl(runs / "a" / "samples.jsonl")) == 2 and run(runs, "a", "--resume") == 0
     assert dyme.run_main(lambda: evaluation.main(["--model", str(runs / "a"), "--max-new-tokens", "8"])) == 0
     assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 1  # the held-back tenth, not the training rows
+    again = ["--model", str(runs / "a"), "--max-new-tokens", "8", "--data", str(runs / "a" / ".." / "rows.jsonl")]
+    assert dyme.run_main(lambda: evaluation.main(again)) == 0 and "tested on all" not in capsys.readouterr().err
+    assert len(dyme.read_jsonl(runs / "a" / "predictions.jsonl")) == 1  # nor under another name
+    shutil.rmtree(runs / "a" / "checkpoint")
+    assert dyme.run_main(lambda: evaluation.main(again)) == 2 and "has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_the_tiny_base_is_made_once_and_remade_for_another_recipe(runs: Path, monkeypatch: Patch) -> None:
