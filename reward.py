@@ -311,7 +311,7 @@ class Helper:
 
     def check_server(self) -> None:
         """Ask for one word. Raises UserError if the helper does not answer."""
-        if self.ask(f"Reply with one word: ready ({time.time():.0f})") is None:  # so as not to be known already
+        if self.ask(f"Reply with one word: ready ({time.time_ns()})") is None:  # a new text, so not known
             raise UserError(f"--helper-url {self.url}: does not answer chat requests for --helper-model "
                             f"{self.model} ({self.reason})")
 

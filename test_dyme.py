@@ -1562,12 +1562,18 @@ def test_a_helper_that_is_down_is_a_clear_error_and_a_dead_one_no_loss(runs: Pat
     assert run(runs, "b", "--helper-url", url, "--helper-model", "m", "--steps", "2") == 0
     rows = dyme.read_jsonl(runs / "b" / "metrics.jsonl")
     assert len(rows) == 2 and sum(row["helper_failures"] for row in rows) > 0
-    assert run(runs, "b", "--helper-url", url, "--helper-model", "m", "--overwrite") == 2  # an old reply is no sign of life
     chat.script, chat.seen = lambda *_: "ready", []
     with open(runs / "b" / "helper.jsonl", "a") as file:
         file.write('{"key": "cut of')
     assert run(runs, "b", "--resume") == 0 and len(dyme.read_jsonl(runs / "b" / "helper.jsonl")) == 1
     assert "cut of" not in (runs / "b" / "helper.jsonl").read_text()
+    chat.script = lambda *_: 500
+    assert run(runs, "b", "--resume") == 2  # the reply that is kept is no sign of life
+    chat.script = lambda text, _: "ready" if "ready" in text else "high"
+    again = ["--helper-url", url, "--helper-model", "m", "--steps", "2", "--switch", "explore", "--overwrite"]
+    for _ in range(2):  # an overwritten run asks anew, and keeps the replies
+        chat.seen.clear()
+        assert run(runs, "b", *again) == 0 and len(dyme.read_jsonl(runs / "b" / "helper.jsonl")) == len(chat.seen) - 1 > 0
     monkeypatch.setattr(sys, "argv", ["dyme.py", "--benchmark", "1", "--helper-url", url, "--helper-model", "m"])
     chat.seen.clear()
     assert reward.run_main(dyme.main) == 0 and len(chat.seen) == len({text for _, text in chat.seen}) > 0  # asked once
