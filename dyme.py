@@ -128,7 +128,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
     if cfg.resume:
         cfg = Config(**resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
-    check_config(cfg)
+    check_config(cfg, {"tiny", *MODELS})
     return cfg
 
 

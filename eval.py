@@ -37,7 +37,7 @@ from dyme import (CHANGEABLE_ON_RESUME, MODELS, Config, Groups, Policy, Prefix, 
                   encode_prefix, encode_prompts, feed, half_precision, load_policy, load_rows, make_trainer,
                   own_chunks, peak_memory_gib, respond, score, select_device, sequence_logprobs, stage,
                   step_rows, tiny_policy, train_step, vision_once, vision_towers)
-from reward import (FLAG, Example, UserError, is_main, load_data, one_line_parser, quoted_numbers,
+from reward import (FLAG, Example, UserError, check_model_name, is_main, load_data, one_line_parser, quoted_numbers,
                     read_config, read_jsonl, run_main, share, shrink, spread, summarise, write_atomically,
                     write_jsonl)
 
@@ -69,8 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0")
     for name in args.model:
-        if not Path(name).exists() and name not in MODELS and Path(name).parent.is_dir():
-            raise UserError(f"--model {name}: no such folder, nor a short name or hub id")
+        check_model_name(name, MODELS)
     if args.out and len(args.model) > 1:
         raise UserError("--out names one folder; with several models, leave it out")
     return args
@@ -764,7 +763,7 @@ function draw() {
           "div",
           {class: "card"},
           ...title,
-          make("p", {}, unit === chart.unit ? "The runs shown have no values here yet." : "No run shown starts above 0."),
+          make("p", {}, `The runs shown ${unit === chart.unit ? "have no values here yet" : "start at 0"}.`),
         );
         none.move = () => {};
         return none;

@@ -597,7 +597,8 @@ def read_chartqa(root: Any, split: str, augmented: bool, hints_file: str) -> lis
     if held_back:
         examples = hold_back(examples, images, split, str(root))
     said = "".join(f"; {count} {what}" for what, count in notes.items() if count)
-    print(f"chartqa {split}: {len(examples)} rows{said}")
+    if is_main():
+        print(f"chartqa {split}: {len(examples)} rows{said}")
     return examples
 
 
@@ -1127,8 +1128,18 @@ def resumed_settings(cfg: Any, given: dict[str, Any], changeable: set[str]) -> d
     return saved | {key: given[key] for key in given.keys() & changeable} | {"out": cfg.out}
 
 
-def check_config(cfg: Any) -> None:
-    """Refuse values that cannot work, naming the flag."""
+def check_model_name(name: str, known: Iterable[str]) -> None:
+    """Raise UserError, before anything is downloaded, if a model is neither known nor a folder nor a hub id."""
+    path = Path(name)
+    if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
+        raise UserError(f"--model {name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
+                        f"{', '.join(sorted(known))}")
+
+
+def check_config(cfg: Any, models: Iterable[str]) -> None:
+    """Refuse values that cannot work, naming the flag; `models` are the names that need no folder."""
+    if not cfg.resume:
+        check_model_name(cfg.model, models)
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: needs `pip install tensorboard`")
     lowest = {"generations": 2, "temperature": 1e-6, "lr": 1e-12}

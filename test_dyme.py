@@ -1767,7 +1767,8 @@ def test_vote_by_hand() -> None:
 
 @pytest.mark.parametrize("flags, says", [
     (["--bogus"], "--bogus"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
-    (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "x"], "missing.json"),
+    (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "a/x"], "missing.json"),
+    (["--data", "chartqa", "--model", "SmolVLM-265M"], "--model SmolVLM-265M: no such folder"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
     (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), (["--resume", "--overwrite"], "is not a run folder"),
     (["--helper-url", "localhost:1", "--helper-model", "m"], "must begin with http"), (["--switch", "budget:7"], "--prompts 8"),
