@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from reward import (DivergedError, Example, Helper, UserError, append_row, bar_interval, begin_run,
+from reward import (DivergedError, Example, Helper, UserError, advance, append_row, bar_interval, begin_run,
                     build_parser, build_tiny_model, build_tiny_processor, check_config, data_name,
                     finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows, open_board,
                     open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl, record,
@@ -1094,9 +1094,9 @@ def train(cfg: Config) -> None:
 def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], run: Path, first: int) -> bool:
     """Take the steps from `first` on, with evaluations and checkpoints in between; False if interrupted."""
     cfg, stream = trainer.cfg, feed(trainer, rows, range(first, trainer.cfg.steps))
-    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.mode, ncols=80, mininterval=bar_interval(),
-               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}",
-               disable=not is_main())
+    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.mode, ncols=80,
+               disable=not (is_main() and sys.stderr.isatty()),  # a log gets a line per step instead
+               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}")
     with bar, finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
         for step in range(first, cfg.steps):
             method, lr = stage(cfg, step)
@@ -1111,10 +1111,7 @@ def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], r
             if is_main():
                 record(run / "metrics.jsonl", metrics, trainer.board)
                 append_row(run / "samples.jsonl", group)
-            shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
-            bar.set_postfix({shown[key]: round(metrics[key], 2 if metrics[key] < 10 else None)
-                             for key in shown if key in metrics})
-            bar.update()
+            advance(bar, f"{cfg.mode} {step + 1}/{cfg.steps}", metrics)
             done, stop = step + 1, any(gather(lambda: bool(interrupted)))
             if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 evaluate(trainer, held_out, run, done)  # before the save: a resumed run repeats what follows

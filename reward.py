@@ -1245,6 +1245,18 @@ def bar_interval() -> float:
     return 0.5 if sys.stderr.isatty() else 30.0
 
 
+def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
+    """Move the bar of a run on by a step; in a log, where it cannot be redrawn, write a line."""
+    shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
+    values = {short: f"{metrics[key]:.2f}" if metrics[key] < 10 else f"{metrics[key]:.0f}"
+              for key, short in shown.items() if key in metrics}
+    bar.set_postfix(values, refresh=False)
+    bar.update()
+    if is_main() and not sys.stderr.isatty():
+        seconds = sum(value for key, value in metrics.items() if key.startswith("seconds_"))
+        print(f"{name} {seconds:.2f} s", *(f"{key}={value}" for key, value in values.items()), file=sys.stderr)
+
+
 def peak_memory_gib(device: torch.device) -> float | None:
     """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
     if device.type == "cuda":

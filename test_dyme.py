@@ -954,7 +954,9 @@ def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs: Path, capsy
 
 def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "3") == 0
-    out = capsys.readouterr().out
+    out, log = capsys.readouterr()
+    lines = [line for line in log.splitlines() if line.startswith("dyme ")]  # one per step, as it is no terminal
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"] and all(len(line) <= 80 for line in lines)
     assert "before" in out and f"python eval.py --model {runs / 'a'}" in out
     metrics, samples = (dyme.read_jsonl(runs / "a" / f"{name}.jsonl") for name in ("metrics", "samples"))
     wanted = {"loss", "reward", "reward_thinking", "reward_format", "accuracy", "truncated", "memorized", "no_variance",
