@@ -1072,7 +1072,7 @@ def train(cfg: Config) -> None:
     run = Path(cfg.out)
     base = str(run.resolve().parent / "tiny-base") if cfg.model == "tiny" else cfg.model
     resumed = cfg.resume and (run / "checkpoint").exists()
-    gather(lambda: is_main() and cfg.model == "tiny" and not (resumed and not cfg.beta) and tiny_base(Path(base)))
+    gather(lambda: is_main() and cfg.model == "tiny" and (cfg.beta or not resumed) and tiny_base(Path(base)))
     trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
     gather(lambda: trainer.helper and trainer.helper.check_server())
     step = load_checkpoint(run, trainer, rows) if resumed else 0
