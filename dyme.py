@@ -2,7 +2,7 @@
 
 A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and Exploration" (Liu,
 Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the data flows: settings, model, prompts, rollout,
-switch, loss, step, run. The paper itself is `train_step` and what it calls; rewards and data are in reward.py.
+switch, loss, step, run. The paper itself is `train_step` and what it calls; rewards and data: see reward.py.
 
     python dyme.py                                        # a tiny VLM on toy charts: minutes on a laptop CPU
     python dyme.py --mode grpo --seed 1                   # a baseline on the same path
@@ -43,11 +43,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from reward import (DivergedError, Example, Helper, UserError, advance, append_row, bar_interval, begin_run,
-                    build_parser, build_tiny_model, build_tiny_processor, check_config, data_name,
-                    finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows, open_board,
-                    open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl, record,
-                    reference_response, report, resumed_settings, run_main, select_device, share, shrink,
-                    sum_gradients, summarise, thinking_f1, tiny_words, toy_lessons, verify, write_jsonl)
+                    build_parser, build_tiny_model, build_tiny_processor, check_config, check_model_name,
+                    data_name, finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows,
+                    open_board, open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl,
+                    record, reference_response, report, resumed_settings, run_main, select_device, share,
+                    shrink, sum_gradients, summarise, thinking_f1, tiny_words, toy_lessons, verify,
+                    write_jsonl)
 
 # ---- Settings: every field is a flag, the comment beside it its help -----------------------------
 
@@ -177,11 +178,11 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load a short name, a hub id, a model directory or a run folder. Raises UserError if it cannot."""
     import transformers
 
+    check_model_name(name, MODELS)
     run = Path(name) / "checkpoint"
     source = str(run) if run.is_dir() else MODELS.get(name, name)
     try:
-        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).parent.is_dir()
-        if not Path(source).is_dir() and not hub_id:
+        if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             raise ValueError("no such directory, nor the form of a hub id")
         processor = transformers.AutoProcessor.from_pretrained(source)  # of a text-only model: its tokenizer
         kind = transformers.AutoModelForImageTextToText
@@ -647,7 +648,7 @@ def memorization_sequences(policy: Policy, examples: list[Example], weights: lis
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
 
 
-def pack(rows: Iterable[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
+def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
     """Lay sequences of `lengths` to the prompts `rows` end to end, in rows of up to `limit` tokens.
 
     Returns the prompt of every packed row, and the packed row and the start of every sequence. Sequences
@@ -1167,7 +1168,8 @@ def tiny_base(folder: Path) -> Path:
         inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
         targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
                    for i, (example, response) in enumerate(batch)]
-        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, range(r.batch), targets, 1.0)
+        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, [*range(r.batch)],
+                                                    targets, temperature=1.0)
         policy_loss(logprobs, mask, torch.full((r.batch,), 1 / r.batch), explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:

@@ -1125,7 +1125,8 @@ def resumed_settings(cfg: Any, given: dict[str, Any], changeable: set[str]) -> d
         if given[key] != saved.get(key):
             raise UserError(f"--{key.replace('_', '-')} {given[key]}: the run has {saved.get(key)} and a "
                             "resumed run keeps its settings; start a new one with another --out")
-    return saved | {key: given[key] for key in given.keys() & changeable} | {"out": cfg.out}
+    once = {"overwrite": False, "benchmark": 0}  # of an earlier command, not of the run
+    return saved | once | {key: given[key] for key in given.keys() & changeable} | {"out": cfg.out}
 
 
 def check_model_name(name: str, known: Iterable[str]) -> None:

@@ -223,6 +223,9 @@ def test_own_rows_and_what_is_wrong_with_them(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(UserError, match=says):
             reward.load_data(str(tmp_path / "bad.json"), "train")
+    path.write_text(json.dumps(rows[0]) + "\n\n{\n")
+    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read \(line 3: "):
+        reward.load_data(str(path), "train")
 
 
 @pytest.mark.parametrize("change, says", [
@@ -640,7 +643,7 @@ def test_spread_takes_rows_from_all_over() -> None:
 def test_missing_template_and_missing_package_are_one_line(tiny: Policy, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="runs/nope: cannot be loaded .no such directory"):  # and not a hub id
+    with pytest.raises(UserError, match="runs/nope: no such folder"):  # and not a hub id
         dyme.load_policy("runs/nope", CPU)
     with pytest.raises(UserError, match="runs/nope: no such folder"):
         evaluation.main(["--model", "runs/nope"])
@@ -1772,7 +1775,7 @@ def test_vote_by_hand() -> None:
     (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "a/x"], "missing.json"),
     (["--data", "chartqa", "--model", "SmolVLM-265M"], "--model SmolVLM-265M: no such folder"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
-    (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), (["--resume", "--overwrite"], "is not a run folder"),
+    (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), 
     (["--helper-url", "localhost:1", "--helper-model", "m"], "must begin with http"), (["--switch", "budget:7"], "--prompts 8"),
     (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--mode", "two-stage", "--sft-steps", "9", "--steps", "9"], "--sft-steps 9"), (["--prompts", "x"], "--prompts"),
@@ -1790,9 +1793,10 @@ def test_an_existing_run_is_not_touched_unless_asked(runs: Path, capsys: Capture
     assert run(runs, "a", "--steps", "1") == 0
     before = (runs / "a" / "metrics.jsonl").read_text()
     assert run(runs, "a", "--steps", "1") == 2 and "--overwrite" in capsys.readouterr().err
+    assert run(runs, "a", "--resume", "--overwrite") == 2 and "leave out --overwrite" in capsys.readouterr().err
     assert run(runs, "a", "--resume", "--lr", "0.5") == 2 and "--lr 0.5" in capsys.readouterr().err
     assert (runs / "a" / "metrics.jsonl").read_text() == before
-    assert run(runs, "a", "--steps", "2", "--overwrite") == 0
+    assert run(runs, "a", "--steps", "2", "--overwrite") == 0 == run(runs, "a", "--resume")
     (runs / "mine").mkdir()
     (runs / "mine" / "thesis.txt").write_text("years of work")
     assert run(runs, "mine", "--overwrite") == 2 and (runs / "mine" / "thesis.txt").exists()
