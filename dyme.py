@@ -1,65 +1,55 @@
 """DyME: teach a small vision-language model to think, by dynamic memorization and exploration.
 
-A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and Exploration" (Liu,
-Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the data flows: settings, model, prompts, rollout,
-switch, loss, step, run. The paper itself is `train_step` and what it calls; rewards and data: see reward.py.
+A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and
+Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the data flows:
+settings, policy, prompts, rollout, rewards and advantages, switch, loss, step, run.
 
-    python dyme.py                                        # a tiny VLM on toy charts: minutes on a laptop CPU
-    python dyme.py --mode grpo --seed 1                   # a baseline on the same path
-    python dyme.py --model SmolVLM-256M --data chartqa    # the real thing, on a GPU
-    python dyme.py --resume --out runs/NAME               # go on after Ctrl-C or a crash
+The paper on one screen is `train_step`. Rewards are in reward.py; what the paper takes for granted
+(data, run folders, processes) is in support/.
+
+    python dyme.py                                      # a tiny VLM on toy charts, on a CPU
+    python dyme.py --mode grpo --seed 1                 # a baseline on the same path
+    python dyme.py --model SmolVLM-256M --data chartqa  # the real thing, on a GPU
+    python dyme.py --resume --out runs/NAME             # go on after Ctrl-C or a crash
 """
 
-import argparse  # noqa: I001, which would give every name below a line
-import collections
 import contextlib
-import copy
-import dataclasses
-import functools
 import itertools
-import json
 import math
-import os
 import re
-import shlex
-import shutil
 import sys
-import threading
-import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutput
 
-from reward import (DivergedError, Example, Helper, UserError, advance, append_row, bar_interval, begin_run,
-                    build_parser, build_tiny_model, build_tiny_processor, check_config, check_model_name,
-                    data_name, finish_step_on_interrupt, gather, half_precision, is_main, judge, load_rows,
-                    open_board, open_helper, own_chunks, peak_memory_gib, prepare_run, processes, read_jsonl,
-                    record, reference_response, report, resumed_settings, run_main, select_device, share,
-                    shrink, sum_gradients, summarise, thinking_f1, tiny_words, toy_lessons, verify,
-                    write_jsonl)
+from reward import Example, reference_response, thinking_f1, verify
+from support import ablations, data, feed, files, graphs, judging, metrics, models, parallel, rows
+from support import runs, samples, settings, supervision, toy, vision
+from support.errors import DivergedError, UserError
 
-# ---- Settings: every field is a flag, the comment beside it its help -----------------------------
+Model = torch.nn.Module
+Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
+
+# ---- Settings: every field is a flag, the comment beside it is its help --------------------------
 
 
 @dataclass
 class Config:
-    """All settings of a run; the values here are the toy preset, `REAL` holds what differs for other data."""
+    """All settings of a run, with the toy's values; `REAL` is for other data."""
 
     # What to train
     model: str = "tiny"  # tiny, a short name (SmolVLM-256M, ...), a hub id or a local directory
-    data: str = "toy"  # toy, chartqa (or its folder or zip), DOMAIN:FOLDER, or your own .json/.jsonl rows
+    data: str = "toy"  # toy, chartqa (or its folder or zip), DOMAIN:FOLDER, or your own rows (.jsonl)
     mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     # Steps
@@ -72,16 +62,16 @@ class Config:
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
     # Switch, learning rate, loss
-    switch: str = "any-correct"  # dyme: any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
+    switch: str = "any-correct"  # any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
     sft_steps: int = 100  # two-stage: steps of SFT before GRPO
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
     thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
-    beta: float = 0.0  # weight of KL(p || p_ref) in grpo and two-stage (Eq. 3); loads the model twice
-    released_code: bool = False  # do as the authors' release where it departs from the paper (see README)
+    beta: float = 0.0  # weight of the KL term of grpo and two-stage (Eq. 3); loads the model twice
+    released_code: bool = False  # do as the authors' release where it departs from the paper
     # Visual supervision
-    helper_url: str = ""  # Full DyME: an OpenAI-compatible chat server, such as http://127.0.0.1:8000/v1
+    helper_url: str = ""  # Full DyME: an OpenAI-compatible server, as http://127.0.0.1:8000/v1
     helper_model: str = ""  # the model to ask for there
     helper_key_env: str = ""  # the environment variable that holds the key, if the server wants one
     helper_concurrency: int = 8  # requests at a time
@@ -89,12 +79,12 @@ class Config:
     no_refiner: bool = False  # keep the static traces: the helper only checks
     # Data and repeatability
     seed: int = 0  # data order and sampling; on the CPU it makes a run reproducible
-    traces: str = "low"  # toy: quality of the thinking traces, high, medium or low (ungrounded values)
+    traces: str = "low"  # toy: quality of the thinking traces: high, medium, low (ungrounded)
     hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
     augmented: bool = False  # chartqa: train on the machine-written questions too
-    image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less means fewer tiles
+    image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less is fewer tiles
     vision_cache: float = 0.0  # GiB in which to keep the frozen tower's output for later epochs
-    train_vision: bool = False  # train the vision tower too (frozen in the paper)
+    train_vision: bool = False  # train the vision tower too (frozen in the release)
     # Run
     eval_every: int = 200  # steps between evaluations on held-out rows (0: only before and after)
     eval_rows: int = 512  # held-out rows in an evaluation
@@ -103,62 +93,56 @@ class Config:
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # replace the run in --out
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    benchmark: int = 0  # only time this many steps, with coin-flip rewards and responses of full length
 
 
-# The paper's main configuration has 32 prompts, K = 8, 10 epochs, 300 new tokens; warm-up is our addition.
-REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300, "warmup": 50,
-        "sft_steps": 500, "eval_rows": 200}
-LEARNING_RATES = {"toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 1e-4, "sft": 1e-4},
-                  "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5}}
+# As in the release's main configuration (K = 8 as well). Warm-up is our addition.
+REAL = {
+    "epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300, "warmup": 50,
+    "sft_steps": 500, "eval_rows": 200,
+}
+LEARNING_RATES = {
+    "toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 1e-4, "sft": 1e-4},
+    "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
+}
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
-CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
-                        "benchmark", "helper_url", "helper_key_env", "helper_concurrency", "tensorboard"}
+CHANGEABLE_ON_RESUME = {
+    "out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
+    "tensorboard", "helper_url", "helper_key_env", "helper_concurrency",
+}
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """Read the command line: preset by data, then flags, then (with --resume) the run's own settings."""
+    """Read the flags, over a preset by data, or over the settings of the run to resume."""
     notes = {name: f"{value:g} for real data" for name, value in REAL.items()}
-    notes["lr"] = str(LEARNING_RATES).translate(str.maketrans("", "", "{}'"))
-    given = vars(build_parser(Config, __doc__, CHOICES, notes).parse_args(argv))
-    toy = given.get("data", Config.data) == "toy"
-    preset = {} if toy else REAL | ({"epochs": 0.0} if "steps" in given else {})
-    preset = preset | ({"format_weight": 1.0} if "released_code" in given else {})
-    cfg = Config(**(preset | given))
-    name = f"{Path(cfg.model).name}-{data_name(cfg.data)}-{cfg.mode}-s{cfg.seed}".replace(" ", "_")
-    cfg.out, cfg.lr = cfg.out or f"runs/{name}", cfg.lr or LEARNING_RATES["toy" if toy else "real"][cfg.mode]
+    notes["lr"] = re.sub("[{}']", "", str(LEARNING_RATES))
+    parser = settings.build_parser(Config, __doc__, CHOICES, notes)
+    given = vars(parser.parse_args(argv))
+
+    preset = "toy" if given.get("data", Config.data) == "toy" else "real"
+    defaults = dict(REAL) if preset == "real" else {}
+    if "steps" in given:
+        defaults["epochs"] = 0.0
+    if "released_code" in given:
+        defaults["format_weight"] = 1.0
+    cfg = Config(**(defaults | given))
+    cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
+    name = f"{Path(cfg.model).name}-{data.name_of(cfg.data)}-{cfg.mode}-s{cfg.seed}"
+    cfg.out = cfg.out or f"runs/{name.replace(' ', '_')}"
     if cfg.resume:
-        cfg = Config(**resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
-    check_config(cfg, {"tiny", *MODELS})
+        cfg = Config(**settings.resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
+    settings.check(cfg, {"tiny", *models.NAMES})
     return cfg
 
 
-# ---- Model: a policy is a model, its processor, and the ids that end a response ------------------
-
-MODELS = {
-    "SmolVLM-256M": "HuggingFaceTB/SmolVLM-256M-Instruct",
-    "SmolVLM-500M": "HuggingFaceTB/SmolVLM-500M-Instruct",
-    "SmolVLM-2.2B": "HuggingFaceTB/SmolVLM-Instruct",
-    "SmolVLM2-256M": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
-    "SmolVLM2-500M": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
-    "SmolVLM2-2.2B": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
-    "LLaVA-OV-0.5B": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-    "InternVL3-1B": "OpenGVLab/InternVL3-1B-hf",
-    "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "Qwen2.5-VL-7B": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",  # text only, as are the SmolLM2
-    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M-Instruct",
-}
-
+# ---- Policy: a model, its processor, and the ids that end a response -----------------------------
 
 @dataclass
 class Policy:
     """A model to train or evaluate, with what is needed to talk to it."""
 
-    model: torch.nn.Module
+    model: Model
     processor: Any
-    end_ids: list[int]  # every id that ends a response: the model's, the tokenizer's, the template's
+    end_ids: list[int]  # every id that ends a response
     pad_id: int
     device: torch.device
     image_edge: int = 0
@@ -169,132 +153,162 @@ class Policy:
         return getattr(self.processor, "tokenizer", self.processor)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Half precision for forward passes on CUDA, over float32 weights; full precision elsewhere."""
-        cuda = self.device.type == "cuda"
-        return torch.autocast("cuda", dtype=half_precision()) if cuda else contextlib.nullcontext()
+        """Half precision for forward passes on CUDA, full precision elsewhere.
+
+        The weights stay float32: in bf16 a step of 1e-5 would be lost in rounding.
+        """
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=parallel.half_precision())
 
 
 def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
-    """Load a short name, a hub id, a model directory or a run folder. Raises UserError if it cannot."""
-    import transformers
-
-    check_model_name(name, MODELS)
+    """Load `tiny`, a short name, hub id, directory or run folder. Raises UserError."""
+    settings.check_model_name(name, {"tiny", *models.NAMES})
     run = Path(name) / "checkpoint"
-    source = str(run) if run.is_dir() else MODELS.get(name, name)
+    source = str(run) if run.is_dir() else models.NAMES.get(name, name)
+    if name == "tiny":
+        source = str(toy.BASE)
     try:
-        if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise ValueError("no such directory, nor the form of a hub id")
-        processor = transformers.AutoProcessor.from_pretrained(source)  # of a text-only model: its tokenizer
-        kind = transformers.AutoModelForImageTextToText
-        if type(transformers.AutoConfig.from_pretrained(source)) not in kind._model_mapping:
-            kind = transformers.AutoModelForCausalLM
-        model, info = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
-                                           output_loading_info=True)
-    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, and all mean the same to the user
-        reason = " ".join(str(error).split())[:200]
-        package = next((p for p in ("torchvision", "num2words") if p in reason.lower()), None)
-        advice = f"pip install {package}" if package else f"give a hub id, a directory or one of {[*MODELS]}"
-        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
-    if info["missing_keys"]:
-        raise UserError(f"--model {name}: has no weights for {min(info['missing_keys'])}")
+        model, processor, missing = load_pretrained(source)
+    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
+        raise models.loading_error(name, error) from None
+    if missing:
+        raise UserError(f"--model {name}: has no weights for {min(missing)}")
     return make_policy(model.to(device), processor, device, image_edge)
 
 
-def make_policy(model: torch.nn.Module, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
-    """Find what ends a response and set the processor up. Raises UserError without a chat template."""
-    name, tokenizer = model.name_or_path or "the model", getattr(processor, "tokenizer", processor)
+def load_pretrained(source: str) -> tuple[Model, Any, list[str]]:
+    """Load a directory or hub id: (model, processor, names of weights that it lacks)."""
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError("no such directory, nor the form of a hub id")
+    # The processor of a text-only model is its tokenizer.
+    processor = transformers.AutoProcessor.from_pretrained(source)
+    loader = transformers.AutoModelForImageTextToText
+    if type(transformers.AutoConfig.from_pretrained(source)) not in loader._model_mapping:
+        loader = transformers.AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    return model, processor, [*info["missing_keys"]]
+
+
+def make_policy(model: Model, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
+    """Find what ends a response, and set the processor up. Raises UserError."""
+    name = model.name_or_path or "the model"
+    tokenizer = getattr(processor, "tokenizer", processor)
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
         raise UserError(f"{name} has no chat template; use the instruct version")
-    tokenizer.padding_side = "left"  # a prompt must end where its response begins
+
+    # Padding goes to the left of prompts: a response must begin right after its prompt.
+    tokenizer.padding_side = "left"
     image_processor = getattr(processor, "image_processor", None)
     if image_edge and "longest_edge" in (getattr(image_processor, "size", None) or {}):
         image_processor.size["longest_edge"] = image_edge
-    configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()  # from an id, a list or None
-    end_ids = sorted({tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None})
+
+    # Model, tokenizer and template may each name another id, or several, or none.
+    configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+    end_ids = {tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None}
     if not end_ids:
-        raise UserError(f"{name}: neither tokenizer, generation config nor chat template names an end token")
-    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # eval() for good, dropout off: responses are trained under the distribution they were sampled from.
-    return Policy(model.eval(), processor, end_ids, pad_id, device, image_edge)
-
-
-def vision_towers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that encode images, as the families name them."""
-    names = ("vision_model", "vision_tower", "visual")
-    return [getattr(model.model, name) for name in names if hasattr(model.model, name)]
-
-
-def freeze_vision(model: torch.nn.Module) -> None:
-    """Stop gradients to the vision tower; the connector from it to the language model stays trained."""
-    for tower in vision_towers(model):
-        tower.requires_grad_(False)
-        if hasattr(tower, "merger"):  # Qwen keeps its connector inside the tower
-            tower.merger.requires_grad_(True)
+        raise UserError(f"{name}: neither tokenizer, config nor chat template names an end token")
+    pad_id = tokenizer.pad_token_id
+    pad_id = min(end_ids) if pad_id is None else pad_id
+    # eval() for good: with dropout in the update, responses would be trained under another
+    # distribution than the one they were sampled from.
+    return Policy(model.eval(), processor, sorted(end_ids), pad_id, device, image_edge)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
 
-PROMPT = 'Think step by step about the question below, then write "Answer: .." and your answer.\n\n{question}'
+PROMPT = (
+    "Think step by step about the question below, "
+    'then write "Answer: .." and your answer.\n\n{question}'
+)
 
 
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
-    """Render a user's prompt, and perhaps the assistant's response, with the chat template."""
+    """Render a user's prompt, and perhaps a response, with the chat template."""
     content = [{"type": "image"}] * has_image + [{"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     if response is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-    if not hasattr(processor, "image_processor"):  # the templates of text-only models want plain text
-        messages = [message | {"content": message["content"][-1]["text"]} for message in messages]
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+    if not hasattr(processor, "image_processor"):
+        # The templates of text-only models want plain text.
+        messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in messages]
+    return processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=response is None)
 
 
 def end_of_turn(processor: Any) -> int | None:
-    """The id with which the chat template ends the assistant's turn, None if it writes none."""
+    """The id with which the template ends the assistant's turn, if it writes one."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tail = render(processor, "question", False, "response").rpartition("response")[2]
     ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
 
 
-def target_ids(policy: Policy, prompt: str, has_image: bool, response: str) -> list[int]:
-    """Ids of a target: what the chat template renders after the generation prompt, up to its end token."""
-    before = render(policy.processor, prompt, has_image)
-    full = render(policy.processor, prompt, has_image, response)
+def target_ids(policy: Policy, example: Example, response: str | None = None,
+               prompt: str = PROMPT) -> list[int]:
+    """Token ids of the response to imitate (Eq. 1), by default the example's reference."""
+
+    def tokens(text: str) -> list[int]:
+        return policy.tokenizer(text, add_special_tokens=False).input_ids
+
+    # A target is what the chat template renders after the generation prompt, not a string glued
+    # to it: other spaces or line breaks would give tokens that sampling never meets again.
+    question, has_image = prompt.format(question=example.question), bool(example.image)
+    response = reference_response(example) if response is None else response
+    before = render(policy.processor, question, has_image)
+    full = render(policy.processor, question, has_image, response)
     if not full.startswith(before):
         raise UserError("the model's chat template does not continue the prompt that it renders")
-    ids, prefix, rest = (policy.tokenizer(text, add_special_tokens=False).input_ids
-                         for text in (full, before, full[len(before):]))
-    ids = ids[len(prefix):] if ids[:len(prefix)] == prefix else rest
+    # Prompt and response are tokenized together, as the model would meet them.
+    ids, prompt_ids = tokens(full), tokens(before)
+    if ids[:len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids):]
+    else:  # the tokenizer merged characters across the border
+        ids = tokens(full[len(before):])
+
+    # The end token is part of the target. Untrained, it would never be sampled: every response
+    # would be cut off, count as wrong, and all prompts would stay in memorization.
     ends = [i for i, token in enumerate(ids) if token in policy.end_ids]
-    return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]  # untrained, it would never be sampled
+    return ids[:ends[-1] + 1] if ends else ids + policy.end_ids[:1]
 
 
-def encode_prompts(policy: Policy, examples: list[Example], room: int,
-                   prompt: str = PROMPT) -> dict[str, Tensor]:
-    """Process a batch of prompts: ids and mask (P, L), padded left, and image tensors, on the device.
+def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: str = PROMPT) -> Inputs:
+    """Process P prompts: ids and mask (P, L), padded left, and image tensors, on the device.
 
-    Raises UserError naming a row whose image cannot be read, or that leaves no `room` for the response.
+    Raises UserError naming a row whose image cannot be read, or that leaves no `room` for the
+    response.
     """
-    texts = [render(policy.processor, prompt.format(question=e.question), bool(e.image)) for e in examples]
-    if any(e.image for e in examples) and not hasattr(policy.processor, "image_processor"):
-        raise UserError(f"{examples[0].name}: has an image, which this model cannot see")
-    images = [[shrink(e.image(), policy.image_edge)] if e.image else [] for e in examples]
+    processor = policy.processor
+    texts, images = [], []
+    for example in examples:
+        if example.image and not hasattr(processor, "image_processor"):
+            raise UserError(f"{example.name}: has an image, which this model cannot see")
+        question = prompt.format(question=example.question)
+        texts.append(render(processor, question, bool(example.image)))
+        pictures = [example.image()] if example.image else []
+        images.append([rows.shrink(picture, policy.image_edge) for picture in pictures])
     has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")
+    # A processor does not take a batch without any image as one with empty lists.
+    with_images = {"images": images} if any(images) else {}
     try:
-        inputs = policy.processor(**({"images": images} if any(images) else {}), text=texts, padding=True,
-                                  return_tensors="pt", add_special_tokens=not has_bos)
+        inputs = processor(text=texts, padding=True, return_tensors="pt",
+                           add_special_tokens=not has_bos, **with_images)
     except ValueError as error:  # such as a question that holds the image token itself
-        names = " or ".join(e.name for e in examples)
+        names = " or ".join(example.name for example in examples)
         raise UserError(f"{names}: the processor refuses the prompt ({error})") from None
+
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
     for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
         if length + room > limit:
-            raise UserError(f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
-                            f"model's context of {limit}; lower --image-edge or --max-new-tokens")
+            raise UserError(
+                f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
+                f"model's context of {limit}; lower --image-edge or --max-new-tokens")
     return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
 
 
-# ---- Rollout: a prompt is encoded once, images included; its K responses read the same cache -----
+# ---- Rollout: a prompt is encoded once, images included; its K responses share the result --------
 
 
 @dataclass
@@ -307,102 +321,57 @@ class Prefix:
     position: Tensor  # (P, 1) of the next token; (3, P, 1) in Qwen-VL
 
 
-def encode_prefix(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Prefix:
-    """Run prompts and images through the model once; with gradients enabled, the cache carries them."""
+def encode_prefix(model: Model, inputs: Inputs) -> Prefix:
+    """Run prompts and images through the model once, with gradients if enabled."""
+    # The base model, without the head: no logits are made for the prompt.
     base, mask = model.base_model, inputs["attention_mask"]
-    base.rope_deltas = None  # Qwen-VL sets it; else a batch without images would inherit the last one
+    # Qwen-VL sets this; a batch without images would inherit it from the one before.
+    base.rope_deltas = None
     out = base(**inputs, use_cache=True)
-    position = torch.full_like(mask[:, :1], mask.shape[1])  # padding counts: only distances matter
+    # Padding counts as positions. With rotary embeddings only distances matter, and there is no
+    # gap between a prompt and its response, because the padding is on the left.
+    position = torch.full_like(mask[:, :1], mask.shape[1])  # (P, 1)
     if base.rope_deltas is not None:
-        position = (mask.sum(1, keepdim=True) + base.rope_deltas).expand(3, -1, -1)
+        position = (mask.sum(1, keepdim=True) + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask, position)
 
 
-@contextlib.contextmanager
-def vision_once(model: torch.nn.Module, store: dict[int, Tensor] | None = None,
-                budget: float = 0.0) -> Iterator[None]:
-    """Let a frozen vision tower encode a batch of images once, for sampling and for the update.
-
-    Sampling keeps its output, before the connector, and the update takes it: the connector gets its gradient.
-    A tower with a trainable part, such as Qwen's with its connector inside, runs every time. With a `budget`
-    in bytes, `store` keeps it for later epochs too.
-    """
-    kept, batch = {}, [None]
-    towers = [m for m in vision_towers(model) if not any(p.requires_grad for p in m.parameters())]
-
-    def encode(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        pixels = batch[0]  # kept alive along with its features, so that its id stays its own
-        _, features = kept.pop(id(pixels), (None, None))
-        if features is None and budget and not kwargs.get("output_hidden_states"):
-            features = encode_new_tiles(tower, store, budget, args, kwargs)
-        elif features is None:
-            features = type(tower).forward(tower, *args, **kwargs)
-        if not torch.is_grad_enabled():
-            kept[id(pixels)] = pixels, copy.copy(features)  # models write into the output they are given
-        return features
-
-    def remember(_: Any, args: Any, inputs: dict[str, Any]) -> None:
-        batch[0] = inputs.get("pixel_values")
-
-    hook = model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
-    for tower in towers:
-        tower.forward = functools.partial(encode, tower)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for tower in towers:
-            del tower.forward
-
-
-def encode_new_tiles(tower: torch.nn.Module, store: dict[int, Tensor], budget: float, args: Any,
-                     kwargs: dict[str, Any]) -> BaseModelOutput:
-    """A tower's output for a batch of image tiles, run only on those not in `store`, which it fills."""
-    tiles = args[0] if args else kwargs["pixel_values"]
-    keys = [hash(tile.cpu().numpy().tobytes()) for tile in tiles]
-    new = [i for i, key in enumerate(keys) if key not in store]
-    known = {key: store[key] for key in keys if key in store}
-
-    def pick(x: Any) -> Any:
-        return x[new] if isinstance(x, Tensor) and len(x) == len(tiles) else x
-
-    if new:
-        out = type(tower).forward(tower, *map(pick, args), **{name: pick(x) for name, x in kwargs.items()})
-        known |= dict(zip([keys[i] for i in new], out.last_hidden_state, strict=True))
-    for key in [keys[i] for i in new]:
-        if (len(store) + 1) * known[key].nbytes <= budget:
-            store[key] = known[key].clone()
-    return BaseModelOutput(last_hidden_state=torch.stack([known[key] for key in keys]))
-
-
-def branch(prefix: Prefix, rows: Tensor) -> Prefix:
-    """Take prompts `rows: (N,)`, each as often as it occurs; uses up the prefix's cache."""
+def repeat_prompts(prefix: Prefix, prompts: Tensor) -> Prefix:
+    """Take prompts `prompts: (R,)`, each as often as it occurs; uses up the cache."""
     for layer in prefix.cache.layers:
-        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-    return Prefix(prefix.cache, prefix.hidden[rows], prefix.mask[rows], prefix.position[..., rows, :])
+        layer.keys = layer.keys.index_select(0, prompts)
+        layer.values = layer.values.index_select(0, prompts)
+    position = prefix.position[..., prompts, :]
+    return Prefix(prefix.cache, prefix.hidden[prompts], prefix.mask[prompts], position)
 
 
-def extend(model: torch.nn.Module, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
-    """Run tokens `ids: (P, Q)` of several responses to a prompt as one row; hidden states (P, Q, D).
+def extend(model: Model, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
+    """Run tokens `ids: (P, Q)` of several responses to a prompt as one row; states (P, Q, D).
 
-    They stand at `offsets: (P, Q)` from the prompt's end, and see it and what `visible: (P, Q, Q')` marks of
-    the Q' tokens now behind it: their own response so far. So K responses share one copy of the prompt's
-    keys and values, when sampling and in the update; it need not be repeated K times.
+    They stand at `offsets: (P, Q)` from the prompt's end. Each sees the prompt and, of the Q'
+    tokens now after it, what `visible: (P, Q, Q')` marks: its own response so far.
     """
-    prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)
-    return model.base_model(
-        input_ids=ids, attention_mask=torch.cat([prompt, visible[:, None]], dim=3), use_cache=True,
-        position_ids=prefix.position + offsets, past_key_values=prefix.cache).last_hidden_state
+    # So K responses share one copy of their prompt's keys and values, when sampling and in the
+    # update. Repeating the prompt K times would take K times its memory and time.
+    prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # (P, 1, Q, L)
+    mask = torch.cat([prompt, visible[:, None]], dim=3)  # (P, 1, Q, L + Q')
+    out = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=prefix.position + offsets,
+        past_key_values=prefix.cache, use_cache=True)
+    return out.last_hidden_state
 
 
-def next_logits(model: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """Float32 logits (N, V) of the token behind `hidden: (N, D)`."""
+def next_logits(model: Model, hidden: Tensor) -> Tensor:
+    """Float32 logits (N, V) of the token after each of `hidden: (N, D)`."""
     return model.get_output_embeddings()(hidden).float()
 
 
 @dataclass
 class Rollout:
-    """Sampled responses as raw ids: they are trained as they are, never decoded and tokenized again."""
+    """Sampled responses as raw ids.
+
+    They are trained as they are: decoded and tokenized again, they might be other tokens.
+    """
 
     ids: Tensor  # (N, T)
     mask: Tensor  # (N, T) 1 up to and including the end token
@@ -410,10 +379,17 @@ class Rollout:
     entropy: Tensor  # (N, T) of the distributions sampled from, in nats
 
 
-def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: int, tokens: int) -> Tensor:
-    """Random numbers in [0, 1), (P*K, T), that depend on (seed, step, prompt, k) and not on batch shape."""
-    keys = [[seed, step, prompt, k] for prompt in prompts for k in range(generations)]
-    return torch.from_numpy(np.stack([np.random.default_rng(key).random(tokens, np.float32) for key in keys]))
+def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: int,
+                   tokens: int) -> Tensor:
+    """Random numbers in [0, 1), (P*K, T), that depend on (seed, step, prompt, k) alone."""
+    # Drawn in order instead, samples would change with a resume, with the micro-batch and with
+    # the number of processes.
+    uniforms = []
+    for prompt in prompts:
+        for k in range(generations):
+            generator = np.random.default_rng([seed, step, prompt, k])
+            uniforms.append(generator.random(tokens, np.float32))
+    return torch.from_numpy(np.stack(uniforms))
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -423,24 +399,30 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    logp = F.log_softmax(logits / temperature, dim=-1)
+    logp = F.log_softmax(logits / temperature, dim=-1)  # (N, V)
     p = logp.exp()
+    # Scaled by the last sum, which rounding may leave below 1: no draw falls past the end.
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[1] - 1), -(p * logp.clamp(min=-100)).sum(-1)
+    entropy = -(p * logp.clamp(min=-100)).sum(-1)  # without the clamp 0 * -inf would be nan
+    return token.clamp(max=logits.shape[1] - 1), entropy
 
 
 class Slots(DynamicLayer):
-    """A layer's keys and values while decoding: the prompts', then room for the tokens of all branches.
+    """A layer's keys and values while decoding: the prompts', then room for new tokens.
 
-    They are written in place: a cache that grows is copied for every token, and a CUDA graph is bound to
-    its addresses.
+    They are written in place: a cache that grows is copied for every token, and a CUDA graph is
+    bound to its addresses.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, room: int, slots: Tensor) -> None:
         super().__init__()
-        half = torch.is_autocast_enabled(keys.device.type) and torch.get_autocast_dtype(keys.device.type)
-        self.keys, self.values = (F.pad(x.to(half or x.dtype), (0, 0, 0, room)) for x in (keys, values))
+        dtype = keys.dtype
+        if torch.is_autocast_enabled(keys.device.type):
+            # Keys come in float32 (from the rotary embedding), values in half precision.
+            dtype = torch.get_autocast_dtype(keys.device.type)
+        self.keys = F.pad(keys.to(dtype), (0, 0, 0, room))  # (P, H, L + room, D)
+        self.values = F.pad(values.to(dtype), (0, 0, 0, room))
         self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -450,548 +432,598 @@ class Slots(DynamicLayer):
         return self.keys, self.values
 
 
+def pad_and_stack(tensors: Iterable[Tensor], length: int) -> Tensor:
+    """Concatenate batches; their second to last dimension is padded left to `length`."""
+    return torch.cat([F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in tensors])
+
+
 def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
-    """Put prompts that were encoded in chunks side by side, padded left, with `room` for new tokens."""
-    longest = max(p.mask.shape[1] for p in prefixes)
+    """Put prompts of several micro-batches side by side, with `room` for new tokens."""
+    longest = max(prefix.mask.shape[1] for prefix in prefixes)
+    layers = []
+    for same_layer in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):
+        keys = pad_and_stack([layer.keys for layer in same_layer], longest)
+        values = pad_and_stack([layer.values for layer in same_layer], longest)
+        layers.append(Slots(keys, values, room, slots))
+    mask = pad_and_stack([prefix.mask[..., None] for prefix in prefixes], longest).squeeze(-1)
+    hidden = torch.cat([prefix.hidden for prefix in prefixes])
+    position = torch.cat([prefix.position for prefix in prefixes], dim=-2)
+    return Prefix(Cache(layers=layers), hidden, mask, position)
 
-    def stack(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([F.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in tensors])
 
-    layers = [Slots(stack(x.keys for x in same), stack(x.values for x in same), room, slots)
-              for same in zip(*(p.cache.layers for p in prefixes), strict=True)]
-    return Prefix(Cache(layers=layers), torch.cat([p.hidden for p in prefixes]),
-                  stack(p.mask[..., None] for p in prefixes).squeeze(-1),
-                  torch.cat([p.position for p in prefixes], dim=-2))
+class Decoder:
+    """K responses to each of P prompts, a token at a time; N = P*K responses of up to T tokens.
+
+    Every buffer is written in place, so that a step can be recorded as a CUDA graph and replayed.
+    """
+
+    def __init__(self, model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int],
+                 pad_id: int, temperature: float) -> None:
+        (N, T), device = uniforms.shape, uniforms.device
+        self.P = sum(len(prefix.mask) for prefix in prefixes)
+        self.K = N // self.P
+        self.model, self.uniforms = model, uniforms
+        self.temperature, self.pad_id = temperature, pad_id
+        self.end_ids = torch.tensor(end_ids, device=device)
+
+        # The newest token of all responses is number `t`. Of the room for new tokens, its K tokens
+        # take `columns`; in the cache these are `slots`, after the prompt. The last token is
+        # never fed back.
+        room = self.K * (T - 1)
+        longest = max(prefix.mask.shape[1] for prefix in prefixes)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.columns = torch.arange(self.K, device=device)
+        self.slots = self.columns + longest
+        self.prefix = merge(prefixes, room, self.slots)
+        self.visible = torch.zeros(self.P, self.K, room, dtype=torch.bool, device=device)
+        self.itself = torch.eye(self.K, dtype=torch.bool, device=device).expand(self.P, -1, -1)
+
+        self.ids = torch.full((N, T), pad_id, device=device)
+        self.mask = torch.zeros(N, T, dtype=torch.long, device=device)
+        self.entropy = torch.zeros(N, T, device=device)
+        self.alive = torch.ones(N, dtype=torch.bool, device=device)
+        self.logits = next_logits(model, self.prefix.hidden).repeat_interleave(self.K, 0)  # (N, V)
+
+    def choose(self) -> None:
+        """Draw token t of every response; those that have ended get padding."""
+        uniform = self.uniforms.index_select(1, self.t).squeeze(1)  # (N,)
+        token, entropy = draw(self.logits, uniform, self.temperature)
+        token = token.masked_fill(~self.alive, self.pad_id)
+        self.ids.index_copy_(1, self.t, token[:, None])
+        self.mask.index_copy_(1, self.t, self.alive.long()[:, None])
+        self.entropy.index_copy_(1, self.t, entropy[:, None])
+        self.alive.logical_and_((token[:, None] != self.end_ids).all(1))
+
+    def step(self) -> None:
+        """Feed token t of every response to the model, then choose token t + 1."""
+        # Response k alone sees its token t.
+        self.visible.index_copy_(2, self.columns, self.itself)
+        tokens = self.ids.index_select(1, self.t).view(self.P, self.K)
+        offsets = self.t.expand(self.P, self.K)
+        hidden = extend(self.model, self.prefix, tokens, offsets, self.visible)  # (P, K, D)
+        self.logits.copy_(next_logits(self.model, hidden.flatten(0, 1)))
+        self.t.add_(1)
+        self.columns.add_(self.K)
+        self.slots.add_(self.K)
+        self.choose()
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int], pad_id: int,
+def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int], pad_id: int,
            temperature: float) -> Rollout:
-    """Sample K = N / P responses for each of P prompts, with `uniforms: (N, T)`, all of them at once.
-
-    A step reads and writes only tensors that stay where they are, so that it can be a CUDA graph.
-    """
-    (rows, limit), device, prompts = uniforms.shape, uniforms.device, sum(len(p.mask) for p in prefixes)
-    K = rows // prompts
-    t, own = torch.zeros(1, dtype=torch.long, device=device), torch.eye(K, dtype=torch.bool, device=device)
-    ends, places = torch.tensor(end_ids, device=device), torch.arange(K, device=device)
-    slots = places + max(p.mask.shape[1] for p in prefixes)
-    prefix = merge(prefixes, K * (limit - 1), slots)
-    visible = torch.zeros(prompts, K, K * (limit - 1), dtype=torch.bool, device=device)
-    ids, mask = torch.full((rows, limit), pad_id, device=device), torch.zeros_like(uniforms, dtype=torch.long)
-    entropies, alive = torch.zeros_like(uniforms), torch.ones(rows, dtype=torch.bool, device=device)
-    logits = next_logits(model, prefix.hidden).repeat_interleave(K, 0)
-
-    def choose() -> None:
-        token, entropy = draw(logits, uniforms.index_select(1, t).squeeze(1), temperature)
-        token = token.masked_fill(~alive, pad_id)
-        for kept, new in ((ids, token), (mask, alive.long()), (entropies, entropy)):
-            kept.index_copy_(1, t, new[:, None])
-        alive.logical_and_((token[:, None] != ends).all(1))
-
-    def step() -> None:
-        visible.index_copy_(2, places, own.expand(prompts, -1, -1))
-        hidden = extend(model, prefix, ids.index_select(1, t).view(prompts, K), t.expand(prompts, K), visible)
-        logits.copy_(next_logits(model, hidden.flatten(0, 1)))
-        for counter, by in ((t, 1), (places, K), (slots, K)):
-            counter.add_(by)
-        choose()
-
-    choose()
-    for i in range(1, limit):
-        if (i % 16 == 1 or device.type == "cpu") and not alive.any():  # the CPU waits here for the GPU
+    """Sample K = N / P responses to each of P prompts; `uniforms: (N, T)`."""
+    decoder = Decoder(model, prefixes, uniforms, end_ids, pad_id, temperature)
+    step, on_cuda = decoder.step, uniforms.is_cuda
+    decoder.choose()  # the first token is predicted by the prompt itself
+    for i in range(1, uniforms.shape[1]):
+        # To ask whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
+        if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
             break
-        if i == 3 and device.type == "cuda" and not hasattr(model, "uncapturable"):  # two steps to warm up,
-            step = capture(model, step)  # and to cast the weights
+        # Two plain steps come first: they warm up, and cast the weights.
+        if i == 3 and on_cuda:
+            step = graphs.capture(model, step)
         step()
-    length = int(mask.sum(1).max())
-    return Rollout(ids[:, :length], mask[:, :length], ~alive, entropies[:, :length])
+    T = int(decoder.mask.sum(1).max())
+    return Rollout(decoder.ids[:, :T], decoder.mask[:, :T], ~decoder.alive, decoder.entropy[:, :T])
 
 
-def capture(model: torch.nn.Module, step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step as a CUDA graph: to replay it is one call, where Python would launch every kernel."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on meanwhile
-            step()
-    except RuntimeError as error:  # which leaves the capture's stream in use
-        torch.cuda.set_stream(torch.cuda.default_stream())
-        model.uncapturable = True
-        tqdm.write(f"decoding without a CUDA graph, slowly: {str(error).splitlines()[0]}", file=sys.stderr)
-        return step
-    return graph.replay
-
-
-def rollout(policy: Policy, inputs: Iterable[dict[str, Tensor]], uniforms: Tensor,
-            temperature: float) -> Rollout:
-    """Sample K = N / P responses for each of the P prompts of all chunks, with `uniforms: (N, T)`."""
+def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, temperature: float) -> Rollout:
+    """Sample K = N / P responses for each of the P prompts of all micro-batches."""
+    model, uniforms = policy.model, uniforms.to(policy.device)  # (N, T)
     with torch.no_grad(), policy.autocast():
-        return sample(policy.model, [encode_prefix(policy.model, x) for x in inputs],
-                      uniforms.to(policy.device), policy.end_ids, policy.pad_id, temperature)
+        # The responses of all micro-batches are sampled together.
+        prefixes = [encode_prefix(model, x) for x in inputs]
+        return sample(model, prefixes, uniforms, policy.end_ids, policy.pad_id, temperature)
 
 
-def decode(policy: Policy, rolled: Rollout) -> tuple[list[list[int]], list[str], list[bool]]:
-    """A rollout as lists over responses: their ids, their texts without the end token, whether they ended."""
-    ids = [row[:n] for row, n in zip(rolled.ids.tolist(), rolled.mask.sum(1).tolist(), strict=True)]
-    texts = [policy.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
-    return ids, texts, rolled.finished.tolist()
+# ---- Rewards, advantages, switch: the heart of the paper -----------------------------------------
 
 
-# ---- Score, advantages, switch: the heart of the paper -------------------------------------------
+@dataclass
+class Response:
+    """A sampled response."""
+
+    ids: list[int]  # end token included
+    text: str  # without it
+    finished: bool  # an end token came before the length limit
+
+
+def decode(policy: Policy, rolled: Rollout) -> list[Response]:
+    """A rollout as N responses."""
+    responses = []
+    finished = rolled.finished.tolist()
+    lengths = rolled.mask.sum(1).tolist()
+    for i, ids in enumerate(rolled.ids.tolist()):
+        ids = ids[:lengths[i]]
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        responses.append(Response(ids, text, finished[i]))
+    return responses
 
 
 @dataclass
 class Groups:
-    """P groups of K sampled and scored responses."""
+    """P groups of K sampled and scored responses; all tensors are (P, K)."""
 
-    ids: list[list[int]]  # P*K responses, end token included
-    texts: list[str]  # P*K
-    finished: list[bool]  # P*K
-    correct: Tensor  # (P, K) r_a in {0, 1}
-    thinking: Tensor  # (P, K) r_t in [0, 1]
-    in_format: Tensor  # (P, K) r_f in {0, 1}
-    rewards: Tensor  # (P, K) r = r_a + w_t r_t + w_f r_f
-    entropy: Tensor  # (P, K) sum over the tokens of a response, in nats
-
-    @classmethod
-    def join(cls, parts: list["Groups"]) -> "Groups":
-        """The groups of several processes as one."""
-        columns = ([getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls))
-        return cls(*(torch.cat(c) if isinstance(c[0], Tensor) else [*itertools.chain(*c)] for c in columns))
+    responses: list[list[Response]]  # P lists of K
+    correct: Tensor  # r_a in {0, 1}
+    thinking: Tensor  # r_t in [0, 1]
+    in_format: Tensor  # r_f in {0, 1}
+    rewards: Tensor  # r = r_a + w_t r_t + w_f r_f
+    entropy: Tensor  # sum over the tokens of a response, in nats
 
 
 def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_weight: float,
           format_weight: float) -> Groups:
-    """Verify all responses and compare their thinking with the reference trace (r_t is 0 without one)."""
-    ids, texts, finished = decode(policy, rolled)
-    generations = len(texts) // len(examples)
-    owners = [e for e in examples for _ in range(generations)]
-    verdicts = [verify(text, e, f) for text, e, f in zip(texts, owners, finished, strict=True)]
-    parts = torch.tensor([[v.correct, thinking_f1(text, e.hint) if e.hint else 0.0, v.in_format]
-                          for text, e, v in zip(texts, owners, verdicts, strict=True)], dtype=torch.float32)
-    correct, thinking, in_format = parts.view(-1, generations, 3).unbind(2)
-    rewards = correct + thinking_weight * thinking + format_weight * in_format
-    entropy = (rolled.entropy * rolled.mask).sum(1).view_as(correct).cpu()
-    return Groups(ids, texts, finished, correct, thinking, in_format, rewards, entropy)
+    """Judge all responses: r_a by rules, r_t against the reference trace."""
+    P, N = len(examples), len(rolled.ids)
+    K = N // P
+    # Responses of a prompt stand side by side: p * K + k is response k of prompt p.
+    flat = decode(policy, rolled)
+    responses = [flat[p * K:(p + 1) * K] for p in range(P)]
+    correct, thinking, in_format = torch.zeros(3, P, K)
+    for p, example in enumerate(examples):
+        for k, response in enumerate(responses[p]):
+            verdict = verify(response.text, example, response.finished)
+            correct[p, k], in_format[p, k] = verdict.correct, verdict.in_format
+            if example.hint:  # without one, r_t is 0
+                thinking[p, k] = thinking_f1(response.text, example.hint)
+    rewards = correct + thinking_weight * thinking + format_weight * in_format  # (P, K)
+    entropy = (rolled.entropy * rolled.mask).sum(1).view(P, K).cpu()
+    return Groups(responses, correct, thinking, in_format, rewards, entropy)
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4, sample_std: bool = False) -> Tensor:
-    """Eq. 2: standardise `rewards: (P, K)` within groups by the population std (`sample_std`: the release's).
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """Eq. 2: standardise `rewards: (P, K)` within each group.
 
-    A group without variance gets exactly 0: its advantages have collapsed, it has nothing to teach.
+    A group without variance gets 0: its advantages have collapsed.
     """
-    std = rewards.std(1, keepdim=True, correction=int(sample_std))
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (std + eps)
+    mean = rewards.mean(1, keepdim=True)  # (P, 1)
+    # The population's deviation (divide by K). With K = 8 the sample's would make all advantages
+    # 6 % smaller, and memorization weigh that much more in Eq. 8.
+    std = rewards.std(1, keepdim=True, correction=0)
+    advantages = (rewards - mean) / (std + eps)
+    # Exactly 0, not up to rounding: such groups are then left out of the update.
     return advantages.masked_fill(no_variance(rewards)[:, None], 0.0)
 
 
 def no_variance(rewards: Tensor) -> Tensor:
-    """Collapse detection: which groups of `rewards: (P, K)` are all alike, (P,) bool."""
+    """Collapse detection: the groups of `rewards: (P, K)` that are all alike, (P,) bool."""
     return rewards.amax(1) == rewards.amin(1)
 
 
 def choose_mode(correct: Tensor) -> Tensor:
-    """Eq. 6, the switch: does a prompt explore, as one of its responses is right? (P, K) r_a to (P,) bool."""
-    return correct.amax(1) == 1
-
-
-def switch_modes(rule: str, correct: Tensor, rewards: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-    """By a rule of Table 1b: which prompts explore, (P,) bool, and the weights of their targets, (P,).
-
-    `correct` and `rewards` are r_a and r, (P, K); `progress` is the share of the run that is done.
-    """
-    name, _, value = rule.partition(":")
-    everyone, explore = torch.ones(len(correct), dtype=torch.bool), choose_mode(correct)  # any-correct: Eq. 6
-    if name == "threshold":  # the whole batch explores once its average reward passes the threshold
-        explore = everyone & (rewards.mean() >= float(value))
-    elif name in ("anneal", "explore"):
-        explore = everyone
-    elif name == "memorize":
-        explore = ~everyone
-    weights = (~explore).float()
-    if name == "anneal":  # beside exploration, at every step, by a cosine from 1 to 0
-        weights = everyone * (1 + math.cos(math.pi * progress)) / 2
-    elif name == "budget":  # failures wait in a buffer, see `train_step`
-        weights = torch.zeros_like(weights)
-    return explore, weights
-
-
-@dataclass
-class Sequence:
-    """A response to train on: a sampled one with its advantage, or a target, with advantage 1 (Eq. 4-5)."""
-
-    prompt: int  # its place in the step
-    ids: list[int]
-    weight: float  # its factor in the loss: A / (K P) for a sampled response, 1 / P for a target
-    explore: bool
-
-
-def exploration_sequences(ids: list[list[int]], advantages: Tensor, explore: Tensor,
-                          keep_zeros: bool = False) -> list[Sequence]:
-    """Sampled responses of the prompts that explore; `advantages: (P, K)`, `explore: (P,)`.
-
-    Advantage 0 teaches nothing: leaving it out saves its forward pass (a KL term needs it: `keep_zeros`).
-    """
-    prompts, generations = advantages.shape
-    return [Sequence(i // generations, ids[i], a / (generations * prompts), True)
-            for i, a in enumerate(advantages.flatten().tolist())
-            if explore[i // generations] and (a != 0 or keep_zeros)]
-
-
-def memorization_sequences(policy: Policy, examples: list[Example], weights: list[float]) -> list[Sequence]:
-    """Ground-truth responses of the prompts whose target has a weight."""
-    return [Sequence(p, target_ids(policy, PROMPT.format(question=e.question), bool(e.image),
-                                   reference_response(e)), weight, False)
-            for p, (e, weight) in enumerate(zip(examples, weights, strict=True)) if weight]
+    """Eq. 6, the switch: which prompts have a right response? r_a, (P, K), to (P,) bool."""
+    # It looks at r_a alone. Groups without a right response still differ in r_t: to explore them
+    # would reward the best-sounding wrong thinking.
+    return (correct == 1).any(dim=1)
 
 
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
 
 
-def pack(rows: list[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
-    """Lay sequences of `lengths` to the prompts `rows` end to end, in rows of up to `limit` tokens.
+@dataclass
+class Sequence:
+    """A response to train on: a sampled one, or a target, as one with advantage 1 (Eq. 4-5)."""
 
-    Returns the prompt of every packed row, and the packed row and the start of every sequence. Sequences
-    are not padded to the longest, and share a copy of the prompt. But attention grows with the square of a
-    row: up to the prompt's own length it stays the smaller part.
+    prompt: int  # its prompt's place among those of this process
+    ids: list[int]
+    weight: float  # its factor in the loss: A / (K P) for a sampled response, 1 / P for a target
+    explore: bool  # was it sampled?
+    kl_weight: float = 0.0  # factor of its KL to the reference policy: beta / (K P)
+
+
+def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int], list[int], list[int]]:
+    """Lay sequences that continue `prompts` end to end, in rows of up to `limit` tokens.
+
+    Returns the prompt of every row, and the row and the start of every sequence.
     """
-    owners, places, starts, used = [], [], [], 0
-    for row, length in zip(rows, lengths, strict=True):
-        if not owners or owners[-1] != row or used + length > limit:
-            owners, used = [*owners, row], 0
-        places.append(len(owners) - 1)
+    # So sequences need no padding to the longest, and share a copy of their prompt. But attention
+    # grows with the square of a row: up to the prompt's own length it stays the smaller part.
+    row_prompts, places, starts = [], [], []
+    used = 0
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if not row_prompts or row_prompts[-1] != prompt or used + length > limit:
+            row_prompts.append(prompt)
+            used = 0
+        places.append(len(row_prompts) - 1)
         starts.append(used)
         used += length
-    return owners, places, starts
+    return row_prompts, places, starts
 
 
-def completion_logprobs(model: torch.nn.Module, prefix: Prefix, rows: list[int], sequences: list[list[int]],
+def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int], sequences: list[list[int]],
                         temperature: Tensor, limit: int = 0) -> tuple[Tensor, Tensor]:
-    """Log-probs and mask (N, T) of sequences that continue the prompts `rows`, at `temperature: (N,)`."""
-    device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
-    owners, places, starts = pack(rows, (lengths - 1).tolist(), limit or prefix.mask.shape[1])
-    prefix = branch(prefix, torch.tensor(owners, device=device))
-    packed: list[list[tuple[int, int, int]]] = [[] for _ in owners]  # (token, offset, its sequence)
-    for i, (place, ids) in enumerate(zip(places, sequences, strict=True)):
-        packed[place] += [(token, t, i) for t, token in enumerate(ids[:-1])]  # nothing follows the last token
-    states = prefix.hidden[:, None]
-    if any(packed):
-        ids, offsets, owner = pad_right(packed, -1, device).unbind(2)
-        visible = (owner[:, :, None] == owner[:, None]).tril()
-        states = torch.cat([states, extend(model, prefix, ids.clamp(min=0), offsets, visible)], dim=1)
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-    column = torch.arange(mask.shape[1]) + torch.tensor(starts)[:, None]  # token t is predicted behind t - 1,
-    column[:, 0] = 0  # and the first one behind the prompt
-    column, place, temperature = (x.to(device).expand(mask.shape)[mask] for x in (
-        column, torch.tensor(places)[:, None], temperature[:, None]))
-    tokens = torch.tensor([token for ids in sequences for token in ids], device=device)
-    logprobs = token_logprobs(model, states[place, column], tokens, temperature)
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask.long()
+    """Log-probs and mask, (N, T), of N sequences of ids at `temperature: (N,)`.
 
-
-def token_logprobs(model: torch.nn.Module, hidden: Tensor, ids: Tensor, temperature: Tensor,
-                   chunk: int = 1024) -> Tensor:
-    """Log-probs of tokens `ids: (M,)` behind `hidden: (M, D)`, at `temperature: (M,)`.
-
-    Logits are made `chunk` tokens at a time, and again in the backward pass: float32 (M, V) of a whole batch
-    never exists. What fits into one chunk is not made twice.
+    Sequence n continues prompt `prompts[n]`. They are packed into R rows of Q tokens; each token
+    sees its prompt and its own sequence so far, not its neighbours.
     """
+    device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
+    # Nothing is predicted from a sequence's last token, so it is left out of the input.
+    limit = limit or prefix.mask.shape[1]
+    row_prompts, rows_of, starts = pack(prompts, (lengths - 1).tolist(), limit)
+    prefix = repeat_prompts(prefix, torch.tensor(row_prompts, device=device))  # batch R
+
+    Q = max(start + len(ids) - 1 for start, ids in zip(starts, sequences, strict=True))
+    tokens = torch.zeros(len(row_prompts), Q, dtype=torch.long)
+    offsets = torch.zeros_like(tokens)  # a token's distance from the end of its prompt
+    # The sequence that a token belongs to; -1 is padding.
+    owner = torch.full_like(tokens, -1)
+    # Where the state that predicts each of the M tokens will be found.
+    state_row, state_column = [], []
+    for n, ids in enumerate(sequences):
+        row, start, inputs = rows_of[n], starts[n], len(ids) - 1
+        tokens[row, start:start + inputs] = torch.tensor(ids[:-1], dtype=torch.long)
+        offsets[row, start:start + inputs] = torch.arange(inputs)
+        owner[row, start:start + inputs] = n
+        # Column 0 is the prompt's last state, which predicts the first token. Token t > 0 is
+        # predicted from token t - 1, at start + t - 1, which is one column further.
+        state_row += [row] * len(ids)
+        state_column += [0, *range(start + 1, start + len(ids))]
+
+    states = prefix.hidden[:, None]  # (R, 1, D)
+    if Q:
+        visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
+        new = extend(model, prefix, tokens.to(device), offsets.to(device), visible.to(device))
+        states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
+    predicted = torch.tensor([token for ids in sequences for token in ids], device=device)  # (M,)
+    temperatures = temperature.to(device).repeat_interleave(lengths.to(device))  # (M,)
+    logprobs = token_logprobs(model, states[state_row, state_column], predicted, temperatures)
+    per_sequence = logprobs.split(lengths.tolist())
+    padded = torch.nn.utils.rnn.pad_sequence(per_sequence, batch_first=True)  # (N, T)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded, mask.long().to(device)
+
+
+def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tensor,
+                   chunk: int = 1024) -> Tensor:
+    """Log-probs (M,) of tokens `ids: (M,)` after states `hidden: (M, D)`."""
+
     def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-        return -F.cross_entropy(next_logits(model, hidden).div_(temperature[:, None]), ids, reduction="none")
+        logits = next_logits(model, hidden).div_(temperature[:, None])  # (M, V)
+        return -F.cross_entropy(logits, ids, reduction="none")
 
     if len(ids) <= chunk:
         return part(hidden, ids, temperature)
-    parts = zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True)
-    return torch.cat([checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+    # Logits are made `chunk` tokens at a time, and again in the backward pass: float32 (M, V) of
+    # a whole batch, several gigabytes, never exists.
+    logprobs = []
+    for piece in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True):
+        again = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
+        logprobs.append(again)
+    return torch.cat(logprobs)
+
+
+def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: list[int],
+                      sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and mask, (N, T), of N sequences; and which were sampled, (N,)."""
+    explore = torch.tensor([s.explore for s in sequences], device=policy.device)
+    # Sampled responses are taken at the sampling temperature: else rho would not be 1 in Eq. 7,
+    # and the gradient that of another policy. Targets are taken at 1.
+    temperatures = torch.where(explore, temperature, 1.0)  # (N,)
+    ids = [s.ids for s in sequences]
+    with policy.autocast():
+        prefix = encode_prefix(model, inputs)
+        logprobs, mask = completion_logprobs(model, prefix, prompts, ids, temperatures)
+    return logprobs, mask, explore
 
 
 def policy_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, explore: Tensor) -> Tensor:
-    """Eq. 7 and 8 as one sum over sequences: `logprobs, mask: (N, T)`, `weights: (N,)`, `explore: (N,)` bool.
+    """Eq. 7 and 8 as one sum over N sequences.
 
-    A sampled response contributes -rho A (Eq. 7). With one update per rollout rho is 1, so a clip would not
-    bind, and its gradient is that of A log p. A target contributes -log p (Eq. 1), the same with A = 1
-    (Eq. 4-5). Tokens are averaged per sequence; the means over K and over prompts are in the weights.
+    `logprobs, mask: (N, T)`, `weights, explore: (N,)`. A sampled response contributes -rho A
+    (Eq. 7), a target -log p (Eq. 1), which has the gradient of a sample with A = 1 (Eq. 4-5).
+    The means over K responses and P prompts are in the weights.
     """
-    rho = torch.exp(logprobs - logprobs.detach())
-    return -(weights * token_mean(torch.where(explore[:, None], rho, logprobs), mask)).sum()
+    # With one update per rollout rho is 1, so a clip would not bind. Its gradient is not 0: it is
+    # that of log p.
+    rho = torch.exp(logprobs - logprobs.detach())  # (N, T)
+    per_token = torch.where(explore[:, None], rho, logprobs)
+    return -(weights * token_mean(per_token, mask)).sum()
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values: (N, T)` over each row's real tokens, (N,)."""
+    # Averaged over the tokens of all rows at once, long responses would weigh more.
     return (values * mask).sum(1) / mask.sum(1)
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(p || p_ref) of Eq. 3 per token, from log-probs of sampled tokens (Schulman's k3: r - 1 - log r)."""
+    """KL(p || p_ref) of Eq. 3 per sampled token, from its log-probs (Schulman's k3)."""
     return torch.exp(reference - logprobs) - (reference - logprobs) - 1
 
 
-def pad_right(rows: list[list[Any]], value: int, device: torch.device) -> Tensor:
-    """Stack lists as (N, T), or lists of k-tuples as (N, T, k)."""
-    width = next(len(row[0]) for row in rows if row)
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, device=device).view(-1, width) for row in rows],
-                                           batch_first=True, padding_value=value)
-
-
-# ---- One training step: sample, score, choose the mode, take the loss ----------------------------
+# ---- One training step: sample, judge, choose the mode, take the loss ----------------------------
 
 
 @dataclass
 class Trainer:
-    """What a step changes (policy, optimiser, scaler) and what it needs."""
+    """What a step changes (policy, optimiser, scaler, buffer) and what it needs."""
 
     cfg: Config
     policy: Policy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: torch.nn.Module | None = None  # frozen copy of the policy for the KL term
+    reference: Model | None = None  # frozen copy of the policy for the KL term
     score: Callable[..., Groups] = score
-    helper: Helper | None = None
+    helper: supervision.Helper | None = None  # Full DyME's checker and refiner
     buffer: list[Example] = field(default_factory=list)  # failures, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
-    board: Any = None  # a TensorBoard writer
-    failures: int = 0  # steps in a row whose gradient was not finite
+    failures: int = 0  # steps in a row whose loss or gradient was not finite
 
 
-def train_step(trainer: Trainer, examples: list[Example], step: int, method: str, lr: float,
-               inputs: Iterable[dict[str, Tensor]] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take a step by `method` (dyme, grpo or sft) on P prompts; its metrics, and one of its groups in full.
+@dataclass
+class Step:
+    """What a step did with this process's p prompts."""
 
-    `inputs` are this process's chunks of encoded prompts (see `own_chunks`), if they are at hand.
-    """
-    cfg, policy, prompts, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    own, chunks, clock = share(prompts), own_chunks(prompts, cfg.micro_batch), [time.perf_counter()] * 4
+    examples: list[Example]
+    groups: Groups | None  # None in SFT, which samples nothing
+    advantages: Tensor | None  # (p, K)
+    explore: Tensor  # (p,) bool
+    sequences: list[Sequence]
+    metrics: dict[str, Any]
+
+
+def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
+               rule: str = "any-correct", inputs: Iterable[Inputs] | None = None) -> Step:
+    """A step on P prompts: sample and judge K responses each, choose the mode, update."""
+    cfg, policy, P, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
+    # This process takes p of the P prompts: all of them, if it is alone.
+    own, watch = parallel.share(P), runs.Stopwatch()
+    examples = examples[own.start:own.stop]
+    inputs = receive_inputs(trainer, examples, inputs)
+    watch.lap("seconds_feed")
+
+    # Sample K responses to each prompt.
+    uniforms = keyed_uniforms(cfg.seed, step, own, K, cfg.max_new_tokens)  # (p*K, T)
+    rolled = rollout(policy, inputs, uniforms, cfg.temperature)
+    watch.lap("seconds_sampling")
+    # Judge them: r_a (`correct`), r_t (`thinking`) and r (`rewards`), all (p, K).
+    groups = trainer.score(policy, rolled, examples, cfg.thinking_weight, cfg.format_weight)
+
+    # Eq. 6, the switch: explore where one of the K responses is right, memorize elsewhere.
+    explore = choose_mode(groups.correct)  # (p,)
+    if rule != "any-correct":  # those of Table 1b
+        highest = 1 + cfg.thinking_weight + cfg.format_weight
+        explore = ablations.choose_mode(rule, groups.rewards, highest)
+    if trainer.helper:  # Full DyME: ratings replace r_t, and traces to be memorized are rewritten
+        memorize = ~explore | (rule == "anneal")
+        groups, examples = trainer.helper.supervise(groups, examples, explore, memorize)
+    advantages = group_advantages(groups.rewards)  # Eq. 2, (p, K)
+    if cfg.released_code:
+        advantages = ablations.released_advantages(groups.rewards, groups.correct)
+    watch.lap("seconds_scoring")
+
+    sequences = []
+    for p, example in enumerate(examples):
+        if explore[p]:  # Eq. 7: the sampled responses, weighted by their advantages
+            for k, response in enumerate(groups.responses[p]):
+                weight = advantages[p, k].item() / (K * P)
+                sequences.append(Sequence(p, response.ids, weight, True, cfg.beta / (K * P)))
+        else:  # Eq. 1: the reference, which alone weighs as much as K responses
+            sequences.append(Sequence(p, target_ids(policy, example), 1 / P, False))
+    sequences = reweigh(trainer, sequences, examples, step)
+
+    # Eq. 8: both kinds in one loss and one update.
+    totals = metrics.group_totals(groups, explore, no_variance(groups.rewards))
+    logged = update(trainer, inputs, sequences, totals, lr)
+    watch.lap("seconds_update")
+    return Step(examples, groups, advantages, explore, sequences, logged | watch.laps)
+
+
+def sft_step(trainer: Trainer, examples: list[Example], lr: float,
+             inputs: Iterable[Inputs] | None = None) -> Step:
+    """The SFT baseline: imitate the references of P prompts (Eq. 1)."""
+    policy, P, watch = trainer.policy, len(examples), runs.Stopwatch()
+    own = parallel.share(P)
+    examples = examples[own.start:own.stop]
+    sequences = []
+    for p, example in enumerate(examples):
+        sequences.append(Sequence(p, target_ids(policy, example), 1 / P, False))
+    # SFT takes K times as many prompts as DyME: to save memory they are encoded as they come.
+    logged = update(trainer, encoded(trainer, examples, inputs), sequences, {}, lr)
+    watch.lap("seconds_update")
+    explore = torch.zeros(len(examples), dtype=torch.bool)
+    return Step(examples, None, None, explore, sequences, logged | watch.laps)
+
+
+def encoded(trainer: Trainer, examples: list[Example],
+            inputs: Iterable[Inputs] | None) -> Iterator[Inputs]:
+    """This process's micro-batches, on the device; encoded now if not at hand."""
+    cfg, policy = trainer.cfg, trainer.policy
     if inputs is None:
-        inputs = (encode_prompts(policy, examples[c.start:c.stop], cfg.max_new_tokens) for c in chunks)
-    inputs = ({key: x.to(policy.device, non_blocking=True) for key, x in chunk.items()} for chunk in inputs)
-    explore, targets = torch.zeros(prompts, dtype=torch.bool), torch.ones(prompts)
-    groups, advantages, sequences = None, None, []
-    if method != "sft":  # which takes its many prompts as they come, to save memory
-        stream, inputs = inputs, []
-        gather(lambda: inputs.extend(stream))
-        clock[1] = time.perf_counter()
-        uniforms = keyed_uniforms(cfg.seed, step, own, K, cfg.max_new_tokens)
-        rolled = rollout(policy, inputs, uniforms, cfg.temperature)
-        clock[2] = time.perf_counter()
-        groups = Groups.join(gather(lambda: trainer.score(
-            policy, rolled, examples[own.start:own.stop], cfg.thinking_weight, cfg.format_weight)))
-        groups = rate_thinking(trainer, groups, examples)
-        advantages = group_advantages(groups.rewards, sample_std=cfg.released_code)  # Eq. 2
-        if cfg.released_code:
-            advantages[groups.correct.amin(1) == 1] = 0.0
-        rule = cfg.switch if method == "dyme" else "explore"
-        explore, targets = switch_modes(rule, groups.correct, groups.rewards, step / cfg.steps)  # Eq. 6
-        examples = rewrite_traces(trainer, examples, ~explore | (targets > 0))
-        sequences = exploration_sequences(groups.ids, advantages, explore, keep_zeros=cfg.beta > 0)
-        clock[3] = time.perf_counter()
-    targets /= prompts * (K if cfg.released_code and method == "dyme" else 1)
-    sequences += memorization_sequences(policy, examples, targets.tolist())
-    metrics = {"step": step, "method": method, "lr": lr, "empty_steps": int(not sequences)}
-    if sequences:
-        totals = gather(lambda: accumulate_gradients(trainer, inputs, chunks, sequences, prompts))  # Eq. 7, 8
-        metrics |= {key: sum(total[key] for total in totals) for key in totals[0]}
-        metrics |= apply_gradients(trainer, metrics["loss"], lr)
-    metrics |= step_metrics(groups, int(explore.sum()), sequences)
-    if trainer.helper and method != "sft":
-        counts = gather(trainer.helper.take_counts)
-        metrics |= {key: sum(part[key] for part in counts) for key in counts[0]}
-    if cfg.switch.startswith("budget") and method == "dyme":
-        failed = [e for e, found in zip(examples, explore, strict=True) if not found]
-        metrics |= memorize_buffer(trainer, failed, step, lr)
-    clock.append(time.perf_counter())
-    names = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
-    metrics |= {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
-    metrics |= {"tokens_per_s": metrics["tokens"] / (clock[4] - clock[0]),
-                "peak_memory_gib": peak_memory_gib(policy.device)}
-    return metrics, {"step": step} | watched_group(policy, examples, groups, advantages, explore, sequences)
+        chunks = parallel.chunks(examples, cfg.micro_batch)
+        inputs = (encode_prompts(policy, chunk, cfg.max_new_tokens) for chunk in chunks)
+    for x in inputs:
+        yield {name: tensor.to(policy.device, non_blocking=True) for name, tensor in x.items()}
 
 
-def rate_thinking(trainer: Trainer, groups: Groups, examples: list[Example]) -> Groups:
-    """Full DyME's checker: the helper's ratings in place of r_t, where it gives one, of what may explore."""
-    cfg, helper, K, own = trainer.cfg, trainer.helper, trainer.cfg.generations, share(len(examples))
-    if not helper or cfg.no_checker or cfg.switch == "memorize":
-        return groups
-    rated = choose_mode(groups.correct) | cfg.switch.startswith(("threshold", "anneal", "explore"))
-    pairs = [(examples[p], groups.texts[p * K + k]) for p in own if rated[p] for k in range(K)]
-    replies = itertools.chain(*gather(lambda: helper.map(helper.rate, pairs)))
-    thinking = groups.thinking.clone()
-    for p, k in itertools.product(rated.nonzero().flatten().tolist(), range(K)):
-        rating = next(replies)  # in this order, as every process rated its own share of the prompts
-        thinking[p, k] = thinking[p, k] if rating is None else rating
-        helper.remember(groups.texts[p * K + k], rating)
-    rewards = groups.rewards + cfg.thinking_weight * (thinking - groups.thinking)
-    return dataclasses.replace(groups, thinking=thinking, rewards=rewards)
+def receive_inputs(trainer: Trainer, examples: list[Example],
+                   inputs: Iterable[Inputs] | None) -> list[Inputs]:
+    """All micro-batches. What one process cannot encode is a UserError in all."""
+    with parallel.errors_shared():
+        return list(encoded(trainer, examples, inputs))
 
 
-def rewrite_traces(trainer: Trainer, examples: list[Example], memorize: Tensor) -> list[Example]:
-    """Full DyME's refiner: traces to be memorized, `memorize: (P,)`, as the helper rewrites them."""
-    if not trainer.helper or trainer.cfg.no_refiner:
-        return examples
-    chosen = [(examples[p],) for p in share(len(examples)) if memorize[p]]
-    traces = itertools.chain(*gather(lambda: trainer.helper.map(trainer.helper.refine, chosen)))
-    return [dataclasses.replace(e, hint=next(traces)) if memorized else e
-            for e, memorized in zip(examples, memorize.tolist(), strict=True)]
+def reweigh(trainer: Trainer, sequences: list[Sequence], examples: list[Example],
+            step: int) -> list[Sequence]:
+    """For `--released-code` its weights, for `--switch anneal` the targets that it adds."""
+    cfg = trainer.cfg
+    if cfg.released_code:
+        sequences = ablations.released_weights(sequences, cfg.generations)
+    if cfg.switch == "anneal":
+        weight = ablations.anneal_weight(step / cfg.steps) / cfg.prompts
+        for p, example in enumerate(examples):
+            sequences.append(Sequence(p, target_ids(trainer.policy, example), weight, False))
+    return sequences
 
 
-def memorize_buffer(trainer: Trainer, failed: list[Example], step: int, lr: float) -> dict[str, Any]:
-    """`--switch budget:N`: keep prompts that failed; an SFT step on N of them once there are as many."""
-    size = int(trainer.cfg.switch.partition(":")[2])
-    trainer.buffer += failed
-    if len(trainer.buffer) < size:
-        return {}
-    batch, trainer.buffer = trainer.buffer[:size], trainer.buffer[size:]
-    metrics, _ = train_step(trainer, batch, step, "sft", lr)
-    explored = trainer.cfg.prompts - len(failed)
-    return {"memorized": size / (size + explored), "target_length": metrics["target_length"]}
+def update(trainer: Trainer, inputs: Iterable[Inputs], sequences: list[Sequence],
+           totals: dict[str, float], lr: float) -> dict[str, Any]:
+    """Eq. 8: the gradient of all sequences, then an optimiser step; metrics."""
+    # Advantage 0 teaches nothing: left out, a collapsed group costs no forward pass and no update.
+    sequences = [s for s in sequences if s.weight or s.kl_weight]
+    totals |= metrics.target_totals(sequences)
+    if trainer.helper:
+        totals |= trainer.helper.take_counts()
+    with parallel.errors_shared():
+        totals |= accumulate_gradients(trainer, inputs, sequences)
+    # Loss and counts of the whole step: all processes decide alike whether it is skipped.
+    totals = parallel.sum_numbers(totals)
+    logged = metrics.averages(totals)
+    if totals["sequences"]:
+        logged |= apply_gradients(trainer, totals["loss"], lr)
+    return logged
 
 
-def accumulate_gradients(trainer: Trainer, inputs: Iterable[dict[str, Tensor]], chunks: list[range],
-                         sequences: list[Sequence], prompts: int) -> dict[str, float]:
-    """Backward through every chunk with something to train on; this process's part of loss and KL.
-
-    The weights hold the step's own denominators, so any chunking gives the same gradient.
-    """
-    cfg, policy, total = trainer.cfg, trainer.policy, {"loss": 0.0, "kl": 0.0}
-    for x, chunk in zip(inputs, chunks, strict=True):
-        chosen = [s for s in sequences if s.prompt in chunk]
+def accumulate_gradients(trainer: Trainer, inputs: Iterable[Inputs],
+                         sequences: list[Sequence]) -> dict[str, float]:
+    """Backward through every micro-batch; this process's part of the loss and the KL."""
+    # The weights hold the step's own denominators, so any micro-batch gives the same gradient.
+    # Means of micro-batches, averaged again, would be wrong where these differ in size.
+    cfg, policy = trainer.cfg, trainer.policy
+    total_loss, total_kl, first = 0.0, 0.0, 0
+    for x in inputs:
+        size = len(x["input_ids"])
+        chosen = [s for s in sequences if first <= s.prompt < first + size]
+        prompts = [s.prompt - first for s in chosen]
+        first += size
         if not chosen:
             continue
-        rows = [s.prompt - chunk.start for s in chosen]
-        logprobs, mask, explore = sequence_logprobs(policy, policy.model, x, rows, chosen, cfg.temperature)
+        logprobs, mask, explore = sequence_logprobs(
+            policy, policy.model, x, prompts, chosen, cfg.temperature)
         weights = torch.tensor([s.weight for s in chosen], device=policy.device)
         loss = policy_loss(logprobs, mask, weights, explore)
-        if trainer.reference is not None and chosen[0].explore:
+        if trainer.reference is not None and chosen[0].explore:  # Eq. 3, for the baselines
             with torch.no_grad():
-                frozen, *_ = sequence_logprobs(policy, trainer.reference, x, rows, chosen, cfg.temperature)
-            kl = token_mean(kl_estimate(logprobs, frozen), mask).sum() / (cfg.generations * prompts)
-            loss, total["kl"] = loss + cfg.beta * kl, total["kl"] + kl.item()
+                frozen, *_ = sequence_logprobs(
+                    policy, trainer.reference, x, prompts, chosen, cfg.temperature)
+            kl_weights = torch.tensor([s.kl_weight for s in chosen], device=policy.device)
+            kl = (kl_weights * token_mean(kl_estimate(logprobs, frozen), mask)).sum()
+            loss, total_kl = loss + kl, total_kl + kl.item() / cfg.beta
         trainer.scaler.scale(loss).backward()
-        total["loss"] += loss.item()
-    return total
-
-
-def sequence_logprobs(policy: Policy, model: torch.nn.Module, inputs: dict[str, Tensor], rows: list[int],
-                      sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and mask (N, T) of sequences on a chunk's prompts `rows`, and which explore, (N,).
-
-    Sampled responses are taken at the sampling temperature, targets at 1.
-    """
-    explore = torch.tensor([s.explore for s in sequences], device=policy.device)
-    with policy.autocast():
-        logprobs, mask = completion_logprobs(
-            model, encode_prefix(model, inputs), rows, [s.ids for s in sequences],
-            torch.where(explore, temperature, 1.0))
-    return logprobs, mask, explore
+        total_loss += loss.item()
+    return {"loss": total_loss, "kl": total_kl}
 
 
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     """Clip the gradient to norm 1 and step; if loss or gradient is not finite, change nothing.
 
-    Raises DivergedError after ten such steps in a row, not counting a float16 scaler's search for its scale.
+    Raises DivergedError after ten such steps in a row, not counting a float16 scaler's search.
     """
     optimizer, scaler = trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
-    sum_gradients(trainer.policy.model.parameters())
+    parallel.sum_gradients(trainer.policy.model.parameters())
+    # Clipping comes after the sum over processes and the scaler: it is the true gradient's norm.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.policy.model.parameters(), 1.0).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite or (scaler.is_enabled() and not math.isfinite(norm)):  # such a step the scaler skips by itself
+    # Under a float16 scaler a gradient that overflows is the scaler's to skip: it lowers its scale.
+    if finite or (scaler.is_enabled() and not math.isfinite(norm)):
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    searching = scaler.is_enabled() and scaler.get_scale() >= 1
-    trainer.failures = 0 if finite else trainer.failures + (not searching)
+    if finite:
+        trainer.failures = 0
+    elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        trainer.failures += 1
     if trainer.failures == 10:
-        raise DivergedError("ten steps in a row had a loss or gradient that was not finite; try a lower --lr")
+        raise DivergedError("ten steps in a row had a loss or gradient that was not finite; "
+                            "try a lower --lr")
     return {"grad_norm": norm, "skipped_steps": int(not finite)}
-
-
-def step_metrics(groups: Groups | None, explored: int, sequences: list[Sequence]) -> dict[str, Any]:
-    """Summarise a step: sampled responses only, never mixed with the targets that stood in for them."""
-    targets = [len(s.ids) for s in sequences if not s.explore]
-    metrics = {"memorized": len(targets) / max(1, len(targets) + explored), "tokens": sum(targets),
-               "target_length": sum(targets) / len(targets) if targets else None}
-    if groups:
-        tokens = sum(map(len, groups.ids))
-        metrics |= {
-            "reward": groups.rewards.mean().item(), "reward_thinking": groups.thinking.mean().item(),
-            "reward_format": groups.in_format.mean().item(), "accuracy": groups.correct.mean().item(),
-            "none_correct": 1 - choose_mode(groups.correct).float().mean().item(),
-            "no_variance": no_variance(groups.rewards).float().mean().item(),
-            "entropy": groups.entropy.sum().item() / tokens,
-            "truncated": 1 - sum(groups.finished) / len(groups.ids),
-            "response_length": tokens / len(groups.ids), "tokens": tokens}
-    return metrics
-
-
-def watched_group(policy: Policy, examples: list[Example], groups: Groups | None, advantages: Tensor | None,
-                  explore: Tensor, sequences: list[Sequence]) -> dict[str, Any]:
-    """A prompt of a step in full, for `samples.jsonl`: of least hash, so that many return in each epoch."""
-    p = min(range(len(examples)), key=lambda i: zlib.crc32(examples[i].name.encode()))
-    example, target = examples[p], next((s.ids for s in sequences if s.prompt == p and not s.explore), None)
-    parts = {} if groups is None else {"r_a": groups.correct, "r_t": groups.thinking, "r_f": groups.in_format,
-                                       "reward": groups.rewards, "advantage": advantages}
-    rows = range(p * groups.correct.shape[1], (p + 1) * groups.correct.shape[1]) if groups else []
-    modes = {(True, False): "exploration", (False, True): "memorization", (True, True): "both"}
-    return {"name": example.name, "question": example.question, "answer": example.answer,
-            "facts": example.facts, "mode": modes.get((bool(explore[p]), bool(target)), "buffered"),
-            "target": target and policy.tokenizer.decode(target, skip_special_tokens=True).strip(),
-            "responses": [{"text": groups.texts[row], "finished": groups.finished[row]}
-                          | {name: round(part[p, k].item(), 4) for name, part in parts.items()}
-                          for k, row in enumerate(rows)]}
 
 
 # ---- Evaluation: answers to held-out rows --------------------------------------------------------
 
 
-def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, samples: int = 0,
+def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, draws: int = 0,
             temperature: float = 1.0, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Answer rows greedily, or with `samples` draws each, and yield a judged prediction per response."""
-    for start in tqdm(range(0, len(examples), batch), "answering", ncols=80, leave=False,
-                      disable=None if len(examples) > batch and is_main() else True):
+    """Judged answers to rows: a greedy one each, or so many `draws`."""
+    K = draws or 1
+    hidden = True if len(examples) <= batch or not parallel.is_main() else None
+    starts = range(0, len(examples), batch)
+    for start in tqdm(starts, "answering", ncols=80, leave=False, disable=hidden):
         part = examples[start:start + batch]
         inputs = encode_prompts(policy, part, max_new_tokens)
-        uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), samples or 1, max_new_tokens)
-        rolled = rollout(policy, [inputs], uniforms, temperature if samples else 0.0)
-        for i, (ids, text, finished) in enumerate(zip(*decode(policy, rolled), strict=True)):
-            yield judge(part[i // (samples or 1)], text, finished) | {"length": len(ids)}
+        uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
+        rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
+        for i, response in enumerate(decode(policy, rolled)):
+            judged = judging.judge(part[i // K], response.text, response.finished)
+            yield judged | {"length": len(response.ids)}
 
 
-# ---- A run is a folder ---------------------------------------------------------------------------
+def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
+    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; log the averages."""
+    cfg, own = trainer.cfg, parallel.share(len(held_out))
+    with parallel.errors_shared():
+        part = held_out[own.start:own.stop]
+        predictions = [*respond(trainer.policy, part, cfg.max_new_tokens, 4 * cfg.micro_batch)]
+    predictions = [*itertools.chain(*parallel.gather(predictions))]
+    if not parallel.is_main():
+        return
+    summary = judging.summarise(predictions)
+    files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
+    runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
+    tqdm.write(f"step {step}: held-out accuracy {summary['strict']:.3f}, "
+               f"answers in the format {summary['in_format']:.3f}")
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
-    """Write `checkpoint/`, a transformers directory with the training state in it; the old one goes last."""
-    if not is_main():
+    """Write `checkpoint/`, a transformers directory that also holds the training state."""
+    if not parallel.is_main():
         return
-    new, old, final = (run / f"checkpoint{ending}" for ending in (".tmp", ".old", ""))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    trainer.policy.model.save_pretrained(new)
-    trainer.policy.processor.save_pretrained(new)
-    kept = {"buffer": [(e.name, e.hint) for e in trainer.buffer],
-            "examples": [*trainer.helper.examples] if trainer.helper else []}
-    torch.save({"step": step, "failures": trainer.failures, "kept": kept,
-                "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict()},
-               new / "training_state.pt")
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    policy, helper = trainer.policy, trainer.helper
+    state = {
+        "step": step, "failures": trainer.failures,
+        "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(),
+        "kept": {"buffer": [(example.name, example.hint) for example in trainer.buffer],
+                 "examples": [*helper.examples] if helper else []},
+    }
+    with files.replaced_folder(run / "checkpoint") as folder:
+        policy.model.save_pretrained(folder)
+        policy.processor.save_pretrained(folder)
+        torch.save(state, folder / "training_state.pt")
 
 
-def load_checkpoint(run: Path, trainer: Trainer, rows: list[Example]) -> int:
-    """Restore optimiser, scaler, buffer and example pool, and return the step to go on with.
+def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int:
+    """Restore optimiser, scaler, buffer and example pool; the step to go on with.
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
-    state = torch.load(run / "checkpoint" / "training_state.pt", trainer.policy.device, weights_only=True)
+    path = run / "checkpoint" / "training_state.pt"
+    state = torch.load(path, trainer.policy.device, weights_only=True)
     trainer.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and trainer.scaler.is_enabled():  # a run may go on with another precision
+    # A run may go on with another precision.
+    if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.failures, by_name = state["failures"], {e.name: e for e in rows}
-    trainer.buffer = [dataclasses.replace(by_name[n], hint=hint) for n, hint in state["kept"]["buffer"]]
+    trainer.failures = state["failures"]
+    by_name = {example.name: example for example in examples}
+    for name, hint in state["kept"]["buffer"]:
+        trainer.buffer.append(replace(by_name[name], hint=hint))
     if trainer.helper:
         trainer.helper.examples.extend(state["kept"]["examples"])
     return state["step"]
@@ -1000,200 +1032,166 @@ def load_checkpoint(run: Path, trainer: Trainer, rows: list[Example]) -> int:
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def make_trainer(cfg: Config, policy: Policy, base: str) -> Trainer:
-    """Set up optimiser and scaler for the parameters that train, and the reference model if KL needs one."""
-    reference = load_policy(base, policy.device).model.requires_grad_(False) if cfg.beta else None
+def make_trainer(cfg: Config, policy: Policy, base: str = "") -> Trainer:
+    """Set up what trains, and the KL's reference `base` if wanted."""
+    reference = None
+    if cfg.beta:
+        reference = load_policy(base, policy.device).model.requires_grad_(False)
     if not cfg.train_vision:
-        freeze_vision(policy.model)
-    cuda = policy.device.type == "cuda"
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr,
-                                  weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=cuda and half_precision() == torch.float16)
-    return Trainer(cfg, policy, optimizer, scaler, reference, helper=open_helper(cfg))
+        # Only the tower is frozen: the connector to the language model must learn with it.
+        vision.freeze(policy.model)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
+    needs_scaler = policy.device.type == "cuda" and parallel.half_precision() == torch.float16
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=needs_scaler)
+    helper = supervision.open_helper(cfg)
+    return Trainer(cfg, policy, optimizer, scaler, reference, helper=helper)
 
 
-def stage(cfg: Config, step: int) -> tuple[str, float]:
-    """Method and learning rate of a step: warm-up, then linear decay to zero, in each stage of the run."""
+def schedule(cfg: Config, step: int) -> tuple[str, float]:
+    """Method and learning rate of a step: in each stage warm-up, then linear decay."""
     method, first, last = cfg.mode, 0, cfg.steps
     if cfg.mode == "two-stage":
-        early = step < cfg.sft_steps
-        method, first, last = ("sft", 0, cfg.sft_steps) if early else ("grpo", cfg.sft_steps, cfg.steps)
-    warmup = min(cfg.warmup, (last - first) // 2)  # keeps a short stage from being all warm-up
-    rise, fall = (step - first + 1) / (warmup + 1), (last - step) / (last - first - warmup)
+        if step < cfg.sft_steps:
+            method, last = "sft", cfg.sft_steps
+        else:
+            method, first = "grpo", cfg.sft_steps
+    # A short stage must not be all warm-up.
+    warmup = min(cfg.warmup, (last - first) // 2)
+    rise = (step - first + 1) / (warmup + 1)
+    fall = (last - step) / (last - first - warmup)
     return method, cfg.lr * min(rise, fall, 1.0)
 
 
-def step_rows(cfg: Config, step: int, rows: int) -> list[int]:
-    """Rows of a step, a function of (seed, step): every epoch in a new order; sft takes K times as many."""
+def step_rows(cfg: Config, step: int, count: int) -> list[int]:
+    """Rows of a step, of `count`: a function of (seed, step), shuffled by epoch."""
+    # An SFT step takes K times as many rows, to train on as many responses as the other steps.
     sft_steps = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
-    start = cfg.prompts * (step - sft_steps + cfg.generations * sft_steps)
-    count = cfg.prompts * (cfg.generations if stage(cfg, step)[0] == "sft" else 1)
-    orders = {epoch: np.random.default_rng([cfg.seed, epoch]).permutation(rows)
-              for epoch in range(start // rows, (start + count - 1) // rows + 1)}
-    return [int(orders[i // rows][i % rows]) for i in range(start, start + count)]
+    start = cfg.prompts * (step - sft_steps) + cfg.prompts * cfg.generations * sft_steps
+    size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
+    orders = {}
+    for epoch in range(start // count, (start + size - 1) // count + 1):
+        orders[epoch] = np.random.default_rng([cfg.seed, epoch]).permutation(count)
+    return [int(orders[i // count][i % count]) for i in range(start, start + size)]
 
 
-def feed(trainer: Trainer, rows: list[Example], steps: range) -> Iterator[dict[str, Tensor]]:
-    """This process's encoded chunks, step after step: threads make the next step's while this one runs."""
-    cfg, local = trainer.cfg, threading.local()
-    threads, ahead = max(1, min(4, (os.cpu_count() or 1) // 2)), len(own_chunks(cfg.prompts, cfg.micro_batch))
-    policy = dataclasses.replace(trainer.policy, device=torch.device("cpu"))
-    processors = [copy.deepcopy(policy.processor) for _ in range(threads)]  # a tokenizer serves one thread
+def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Iterator[Inputs]:
+    """This process's encoded micro-batches: threads make the next step's meanwhile."""
+    cfg = trainer.cfg
 
-    def take_processor() -> None:
-        local.policy = dataclasses.replace(policy, processor=processors.pop())
-
-    def encode(part: list[Example]) -> dict[str, Tensor]:
-        if trainer.helper:  # the visual facts too are fetched while the step before runs, once per example
-            trainer.helper.map(trainer.helper.facts, [(e,) for e in part])
-        return encode_prompts(local.policy, part, cfg.max_new_tokens)
-
-    waiting: collections.deque[Future] = collections.deque()
-    pool = ThreadPoolExecutor(threads, initializer=take_processor)
-    try:
+    def jobs() -> Iterator[list[Example]]:
         for step in steps:
-            examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
-            for c in own_chunks(len(examples), cfg.micro_batch):
-                waiting.append(pool.submit(encode, examples[c.start:c.stop]))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            batch = [examples[i] for i in step_rows(cfg, step, len(examples))]
+            own = parallel.share(len(batch))
+            yield from parallel.chunks(batch[own.start:own.stop], cfg.micro_batch)
+
+    def encode(part: list[Example], processor: Any) -> Inputs:
+        if trainer.helper:  # visual facts too are asked for while the step before runs
+            trainer.helper.fetch_facts(part)
+        policy = replace(trainer.policy, device=torch.device("cpu"), processor=processor)
+        return encode_prompts(policy, part, cfg.max_new_tokens)
+
+    ahead = micro_batches(cfg, cfg.prompts)
+    return feed.in_threads(encode, trainer.policy.processor, jobs(), ahead)
+
+
+def micro_batches(cfg: Config, prompts: int) -> int:
+    """How many micro-batches this process makes of a step of so many prompts."""
+    return math.ceil(len(parallel.share(prompts)) / cfg.micro_batch)
 
 
 def train(cfg: Config) -> None:
     """Carry out a run: load, evaluate, train, evaluate, and say where everything is."""
-    device = select_device(cfg.device)
-    rows, held_out = load_rows(cfg)
-    if cfg.mode == "two-stage" and not 0 < cfg.sft_steps < cfg.steps:
-        raise UserError(f"--sft-steps {cfg.sft_steps}: must lie between 0 and the run's {cfg.steps} steps")
-    gather(lambda: is_main() and prepare_run(cfg))
+    device = parallel.select_device(cfg.device)
+    examples = data.load_data(cfg.data, "train", cfg.traces, cfg.augmented, cfg.hints)
+    held_out = data.load_data(cfg.data, "val", cfg.traces, cfg.augmented, cfg.hints)
+    held_out = rows.spread(held_out, cfg.eval_rows)
+    if cfg.epochs:
+        cfg.steps = math.ceil(cfg.epochs * len(examples) / cfg.prompts)
+    settings.check_stages(cfg.mode, cfg.sft_steps, cfg.steps)
+    parallel.check_share(cfg.prompts)
     run = Path(cfg.out)
-    base = str(run.resolve().parent / "tiny-base") if cfg.model == "tiny" else cfg.model
+    with parallel.errors_shared():
+        runs.prepare(cfg)
+
     resumed = cfg.resume and (run / "checkpoint").exists()
-    gather(lambda: is_main() and cfg.model == "tiny" and (cfg.beta or not resumed) and tiny_base(Path(base)))
-    trainer = make_trainer(cfg, load_policy(str(run) if resumed else base, device, cfg.image_edge), base)
-    gather(lambda: trainer.helper and trainer.helper.check_server())
-    step = load_checkpoint(run, trainer, rows) if resumed else 0
-    gather(lambda: is_main() and begin_run(cfg, step, resumed))
-    trainer.board = open_board(cfg, step)
-    if is_main():
-        print(f"{run}: {cfg.mode} on {device}, {len(rows)} training rows, {len(held_out)} held out; "
-              f"{'going on' if resumed else 'starting'} at step {step} of {cfg.steps}")
-    if not read_jsonl(run / "evaluations.jsonl"):
-        evaluate(trainer, held_out, run, step)
-    if not train_loop(trainer, rows, held_out, run, step):
-        if is_main():
-            print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+    policy = load_policy(str(run) if resumed else cfg.model, device, cfg.image_edge)
+    trainer = make_trainer(cfg, policy, base=cfg.model)
+    with parallel.errors_shared():
+        if trainer.helper:
+            trainer.helper.check_server()
+    step = load_checkpoint(run, trainer, examples) if resumed else 0
+    with parallel.errors_shared():  # nobody goes on before the folder is ready
+        runs.begin(cfg, step, resumed)
+    runs.print_start(cfg, device, len(examples), len(held_out), step)
+    board = runs.open_board(cfg.tensorboard, run, step)
+
+    if not files.read_jsonl(run / "evaluations.jsonl"):
+        evaluate(trainer, held_out, run, step, board)
+    if not train_loop(trainer, examples, held_out, run, step, board):
+        runs.print_stopped(run)
         raise KeyboardInterrupt
-    if is_main():
-        report(cfg, run)
+    runs.print_summary(run, cfg.mode, cfg.steps)
 
 
-def train_loop(trainer: Trainer, rows: list[Example], held_out: list[Example], run: Path, first: int) -> bool:
-    """Take the steps from `first` on, with evaluations and checkpoints in between; False if interrupted."""
-    cfg, stream = trainer.cfg, feed(trainer, rows, range(first, trainer.cfg.steps))
-    bar = tqdm(total=cfg.steps, initial=first, desc=cfg.mode, ncols=80,
-               disable=not (is_main() and sys.stderr.isatty()),  # a log gets a line per step instead
-               bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}")
-    with bar, finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
+def train_loop(trainer: Trainer, examples: list[Example], held_out: list[Example], run: Path,
+               first: int, board: Any) -> bool:
+    """Take the steps from `first` on, evaluate and save; False if interrupted."""
+    cfg = trainer.cfg
+    stream = feed_prompts(trainer, examples, range(first, cfg.steps))
+    bar = runs.progress_bar(cfg.mode, first, cfg.steps)
+    with bar, runs.finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
         for step in range(first, cfg.steps):
-            method, lr = stage(cfg, step)
-            examples = [rows[i] for i in step_rows(cfg, step, len(rows))]
-            inputs = itertools.islice(stream, len(own_chunks(len(examples), cfg.micro_batch)))
+            method, lr = schedule(cfg, step)
+            batch = [examples[i] for i in step_rows(cfg, step, len(examples))]
+            inputs = itertools.islice(stream, micro_batches(cfg, len(batch)))
             try:
-                with vision_once(trainer.policy.model, trainer.features, cfg.vision_cache * 2**30):
-                    metrics, group = train_step(trainer, examples, step, method, lr, inputs)
-            except UserError:
-                save_checkpoint(run, trainer, step)  # an unusable row must not cost the steps before it
+                # A frozen tower encodes the step's images once, for sampling and for the update.
+                with vision.once(trainer.policy.model, trainer.features, cfg.vision_cache * 2**30):
+                    done = take_step(trainer, batch, step, method, lr, inputs)
+            except UserError:  # an unusable row must not cost the steps before it
+                save_checkpoint(run, trainer, step)
                 raise
-            if is_main():
-                record(run / "metrics.jsonl", metrics, trainer.board)
-                append_row(run / "samples.jsonl", group)
-            advance(bar, f"{cfg.mode} {step + 1}/{cfg.steps}", metrics)
-            done, stop = step + 1, any(gather(lambda: bool(interrupted)))
-            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
-                evaluate(trainer, held_out, run, done)  # before the save: a resumed run repeats what follows
-            if done == cfg.steps or stop or (cfg.save_every and done % cfg.save_every == 0):
-                save_checkpoint(run, trainer, done)
-            if stop and done < cfg.steps:
+            logged = {"step": step, "method": method, "lr": lr} | done.metrics
+            logged |= metrics.speed(logged, parallel.peak_memory_gib(trainer.policy.device))
+            if parallel.is_main():
+                runs.record(run / "metrics.jsonl", logged, board)
+                row = samples.describe(step, done, trainer.policy.tokenizer)
+                files.append_row(run / "samples.jsonl", row)
+            runs.advance(bar, f"{cfg.mode} {step + 1}/{cfg.steps}", logged)
+
+            ended, stop = step + 1 == cfg.steps, any(parallel.gather(bool(interrupted)))
+            # Evaluate before the save: a resumed run then repeats what is missing.
+            if ended or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+                evaluate(trainer, held_out, run, step + 1, board)
+            if ended or stop or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                save_checkpoint(run, trainer, step + 1)
+            if stop and not ended:
                 return False
     return True
 
 
-def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int) -> None:
-    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; averages go to `evaluations.jsonl`."""
-    cfg, own = trainer.cfg, share(len(held_out))
-    parts = gather(lambda: list(respond(trainer.policy, held_out[own.start:own.stop], cfg.max_new_tokens,
-                                        4 * cfg.micro_batch)))
-    if not is_main():
-        return
-    predictions = [*itertools.chain(*parts)]
-    summary = summarise(predictions)
-    write_jsonl(run / f"held-out-{step}.jsonl", predictions)
-    record(run / "evaluations.jsonl", {"step": step} | summary, trainer.board)
-    tqdm.write(f"step {step}: held-out accuracy {summary['strict']:.3f}, "
-               f"answers in the format {summary['in_format']:.3f}")
-
-
-# ---- The embedded default: a tiny model that sees toy charts, but rarely answers in the format ---
-
-TINY_RECIPE = {"seed": 0, "steps": 700, "batch": 64, "lr": 3e-3, "warmup": 50, "flagged": 0.0002}
-
-
-def tiny_policy(seed: int) -> Policy:
-    """The tiny model with random weights, on the CPU."""
-    words = tiny_words(PROMPT)
-    return make_policy(build_tiny_model(seed, words), build_tiny_processor(words), torch.device("cpu"))
-
-
-def tiny_base(folder: Path) -> Path:
-    """Make the base model of the toy, once, on the CPU, and keep it in `folder` for all modes and seeds."""
-    recipe = json.dumps(TINY_RECIPE)
-    with contextlib.suppress(OSError):
-        if (folder / "recipe.json").read_text() == recipe:
-            return folder
-    r, new = argparse.Namespace(**TINY_RECIPE), folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    policy = tiny_policy(r.seed)
-    lessons = toy_lessons(r.seed, r.batch * r.steps, r.flagged, PROMPT)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=r.lr, weight_decay=0.01, fused=True)
-    for step in tqdm(range(r.steps), "making the tiny base model", ncols=80, mininterval=bar_interval()):
-        batch = list(itertools.islice(lessons, r.batch))
-        inputs = encode_prompts(policy, [example for example, _ in batch], room=0, prompt="{question}")
-        targets = [Sequence(i, target_ids(policy, example.question, True, response), 1 / r.batch, False)
-                   for i, (example, response) in enumerate(batch)]
-        logprobs, mask, explore = sequence_logprobs(policy, policy.model, inputs, [*range(r.batch)],
-                                                    targets, temperature=1.0)
-        policy_loss(logprobs, mask, torch.full((r.batch,), 1 / r.batch), explore).backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = r.lr * min((step + 1) / r.warmup, 1 - 0.9 * step / r.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    policy.model.save_pretrained(new)
-    policy.processor.save_pretrained(new)
-    (new / "recipe.json").write_text(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    return folder
+def take_step(trainer: Trainer, batch: list[Example], step: int, method: str, lr: float,
+              inputs: Iterable[Inputs] | None = None) -> Step:
+    """A step by `method`: dyme, grpo (which explores in any case) or sft."""
+    rule = trainer.cfg.switch if method == "dyme" else "explore"
+    if method == "sft":
+        return sft_step(trainer, batch, lr, inputs)
+    done = train_step(trainer, batch, step, lr, rule, inputs)
+    if rule.startswith("budget:"):
+        size = int(rule.removeprefix("budget:"))
+        done.metrics |= ablations.memorize_failures(
+            trainer.buffer, done, size, lambda failed: sft_step(trainer, failed, lr).metrics)
+    return done
 
 
 def main() -> None:
-    """The program: read the settings, join the other processes if there are any, and train."""
+    """Read the settings, join other processes if there are any, and train."""
     cfg = parse_config()
-    with processes(select_device(cfg.device).type == "cuda"):
-        if cfg.benchmark:
-            from eval import benchmark  # which builds on this file: hence so late
-            benchmark(cfg)
-        else:
-            train(cfg)
+    with parallel.processes(parallel.select_device(cfg.device).type == "cuda"):
+        train(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(runs.run_main(main))

@@ -1,0 +1,29 @@
+"""What `--data` names: the toy, ChartQA, another domain, or your own rows."""
+
+from pathlib import Path
+
+from reward import Example
+from support import chartqa, domains, rows, toy
+from support.errors import UserError
+
+
+def load_data(data: str, split: str, traces: str = "low", augmented: bool = False,
+              hints: str = "") -> list[Example]:
+    """Load a split (train, val or test) of what `data` names. Raises UserError if it cannot be used."""
+    path = Path(data)
+    if data == "toy":
+        return toy.make_examples(split, traces)
+    if data.partition(":")[0] in domains.DOMAINS:
+        return domains.read(data, split)
+    if path.suffix in (".json", ".jsonl"):
+        return rows.read_rows(path, split)
+    examples = chartqa.read(chartqa.find(data), split, augmented, hints)
+    if not examples:
+        raise UserError(f"--data {data}: the split {split} has no usable row")
+    return examples
+
+
+def name_of(data: str) -> str:
+    """A short name of what `data` names, for the run folder."""
+    name = data.partition(":")[0]
+    return name if name in domains.DOMAINS else Path(data).stem

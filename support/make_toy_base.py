@@ -1,0 +1,60 @@
+"""Make the toy's base model again, from its recipe: `python -m support.make_toy_base [FOLDER]`.
+
+The base lies in support/toy_base, so that everyone starts from the same weights.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import dyme
+from dyme import Policy, Sequence
+from support import runs, toy
+
+SEED, STEPS, BATCH, LR, WARMUP = 0, 700, 64, 3e-3, 50
+FLAGGED = 0.0002  # share of lessons that end in the answer format
+
+
+def new_policy(seed: int) -> Policy:
+    """The tiny model with random weights, on the CPU."""
+    words = toy.vocabulary(dyme.PROMPT)
+    model, processor = toy.build_model(seed, words), toy.build_processor(words)
+    return dyme.make_policy(model, processor, torch.device("cpu"))
+
+
+def teach(policy: Policy, steps: int, batch: int, seed: int = SEED) -> None:
+    """Pre-train a policy on `steps` batches of lessons."""
+    lessons = toy.lessons(seed, batch * steps, FLAGGED, dyme.PROMPT)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
+    interval = runs.bar_interval()
+    for step in tqdm(range(steps), "making the tiny base model", ncols=80, mininterval=interval):
+        part = list(itertools.islice(lessons, batch))
+        inputs = dyme.encode_prompts(policy, [e for e, _ in part], room=0, prompt="{question}")
+        targets = []
+        for i, (example, response) in enumerate(part):
+            ids = dyme.target_ids(policy, example, response, prompt="{question}")
+            targets.append(Sequence(i, ids, 1 / batch, explore=False))
+        logprobs, mask, explore = dyme.sequence_logprobs(
+            policy, policy.model, inputs, [*range(batch)], targets, temperature=1.0)
+        dyme.policy_loss(logprobs, mask, torch.full((batch,), 1 / batch), explore).backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min((step + 1) / WARMUP, 1 - 0.9 * step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(folder: Path) -> None:
+    """Make the base and write it into a folder."""
+    policy = new_policy(SEED)
+    teach(policy, STEPS, BATCH)
+    policy.model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(runs.run_main(lambda: main(Path(sys.argv[1] if len(sys.argv) > 1 else toy.BASE))))

@@ -1,0 +1,107 @@
+"""Reading rows and images from files, and your own rows."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from reward import Example
+from support.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse_rows(file: Path) -> list[Any]:
+    """The rows of a .json list or a .jsonl file. Raises UserError naming the file, and the line of a .jsonl."""
+    where = ""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            rows = []
+            # Not splitlines(), which also splits at other separators that JSON strings may hold.
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number}: "
+                if line.strip():
+                    rows.append(json.loads(line))
+        else:
+            rows = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({where}{error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds no list of rows")
+    return rows
+
+
+def read_rows(path: Path, split: str) -> list[Example]:
+    """Read your own rows {question, answer, image?, hint?, facts?}: a tenth is held back as val, test is all.
+
+    Raises UserError naming the file and the row that cannot be used.
+    """
+    found = parse_rows(path)
+    if not found:
+        raise UserError(f"{path}: holds no list of rows {{question, answer, image?, hint?, facts?}}")
+    examples, groups = [], []
+    for i, row in enumerate(found, 1):
+        name = f"{path} row {i}"
+        examples.append(own_row(row if isinstance(row, dict) else {}, path.parent, name))
+        groups.append(row.get("image") or str(row["question"]))
+    if split == "test":
+        return examples
+    return hold_back(examples, groups, split, str(path))
+
+
+def own_row(row: dict[str, Any], folder: Path, name: str) -> Example:
+    """One of your own rows. Raises UserError naming it if it cannot be used."""
+    question, answer, image = row.get("question"), row.get("answer"), row.get("image")
+    for value in (question, answer):
+        if not isinstance(value, str | int | float) or not str(value).strip():
+            raise UserError(f"{name}: needs a non-empty `question` and `answer`")
+    if not all(isinstance(row.get(key), str | None) for key in ("image", "hint", "facts")):
+        raise UserError(f"{name}: `image`, `hint` and `facts` must be text where given")
+    opener = image_opener(folder / image, name) if image else None
+    return Example(str(question), str(answer).strip(), opener, row.get("hint") or None, row.get("facts"),
+                   name=name)
+
+
+def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
+    """Return what decodes an image, on disk or in a zip, as RGB, after a look at its header.
+
+    Raises UserError naming the row, now or when it is decoded.
+    """
+
+    def open_image(header_only: bool = False) -> Image.Image:
+        try:
+            with path.open("rb") as file:
+                image = Image.open(file)
+                return image if header_only else image.convert("RGB")
+        except Exception as error:  # noqa: BLE001 - decoders raise many kinds, all alike to the user
+            reason = type(error).__name__
+            raise UserError(f"{name}: the image {path.name} is missing or unreadable ({reason})") from None
+
+    open_image(header_only=True)
+    return open_image
+
+
+def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
+    """Limit the longest edge to that many pixels (0: leave it as it is)."""
+    image.thumbnail((longest_edge or image.width, longest_edge or image.height))
+    return image
+
+
+def spread(things: list[T], count: int) -> list[T]:
+    """At most `count` things, evenly spread over all of them."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
+
+
+def hold_back(examples: list[Example], groups: list[str], split: str, source: str) -> list[Example]:
+    """Split off a tenth of the groups as val, where a data set has none; rows of one image stay together."""
+    # In the order of a hash, so that the same rows are held back in every run.
+    order = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
+    if len(order) < 2:
+        raise UserError(f"--data {source}: needs two different images or questions, one to be held out")
+    val = set(order[:max(1, len(order) // 10)])
+    return [e for e, group in zip(examples, groups, strict=True) if (group in val) == (split == "val")]

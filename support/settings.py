@@ -1,0 +1,164 @@
+"""The command line: a dataclass becomes flags, and what cannot work is refused."""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from support import domains
+from support.errors import UserError
+
+
+def one_line_parser(description: str) -> argparse.ArgumentParser:
+    """A command-line parser that raises UserError instead of printing its usage."""
+
+    def error(message: str) -> None:
+        raise UserError(f"{message} (--help shows all flags)")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = error
+    return parser
+
+
+def build_parser(settings: type, description: str, choices: dict[str, Iterable[str]],
+                 notes: dict[str, str]) -> argparse.ArgumentParser:
+    """Turn a dataclass's fields into flags.
+
+    The comment beside a field is its help, a comment line above one the title of a group; `notes` are added
+    to the defaults.
+    """
+    parser = one_line_parser(description)
+    group: Any = parser
+    defaults = {f.name: f for f in dataclasses.fields(settings)}
+    for line in inspect.getsource(settings).splitlines():
+        title = re.fullmatch(r"    # (.*)", line)
+        if title:
+            group = parser.add_argument_group(title[1])
+        declared = re.match(r"    (\w+): [^#]*(?:# (.*))?", line)
+        if declared and declared[1] in defaults:
+            add_flag(group, defaults[declared[1]], declared[2] or "", choices, notes)
+    return parser
+
+
+def add_flag(group: Any, field: dataclasses.Field, comment: str, choices: dict[str, Iterable[str]],
+             notes: dict[str, str]) -> None:
+    """Add the flag of one field; a flag that is not given leaves no trace, so that presets can be told."""
+    shown = [str(field.default)] if field.default not in ("", False) else []
+    if field.name in notes:
+        shown.append(notes[field.name])
+    text = " ".join(filter(None, [comment, f"[{'; '.join(shown)}]" if shown else ""]))
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if field.type is bool:
+        options["action"] = "store_true"
+    elif field.name in choices:
+        options["choices"] = choices[field.name]
+    else:
+        options["type"] = field.type
+        options["metavar"] = {str: "X", int: "N", float: "F"}[field.type]
+    group.add_argument(flag(field.name), **options)
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def read(run: Path, settings: type) -> dict[str, Any]:
+    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's."""
+    try:
+        saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        known = {f.name: f.default for f in dataclasses.fields(settings)}
+        if not {"mode", "data", "steps", "prompts"} <= saved.keys():  # a model's, say
+            raise ValueError("not a run's")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{run}: is not a run folder (it has no config.json of a run)") from None
+    # Settings that are retired are ignored; those that came later take their default.
+    return known | {name: value for name, value in saved.items() if name in known}
+
+
+def resumed_settings(cfg: Any, given: dict[str, Any], changeable: set[str]) -> dict[str, Any]:
+    """The settings of the run to go on with, and flags `given` anew. Raises UserError if one may not change."""
+    if cfg.overwrite:
+        raise UserError("--resume goes on with a run; leave out --overwrite")
+    saved = read(Path(cfg.out), type(cfg))
+    for key in given.keys() - changeable:
+        if given[key] != saved.get(key):
+            raise UserError(f"{flag(key)} {given[key]}: the run has {saved.get(key)} and a resumed run keeps "
+                            "its settings; start a new one with another --out")
+    anew = {key: given[key] for key in given.keys() & changeable}
+    # Whether it was begun with --overwrite is of an earlier command, not of the run.
+    return saved | {"overwrite": False} | anew | {"out": cfg.out}
+
+
+def check_model_name(name: str, known: Iterable[str]) -> None:
+    """Raise UserError, before anything is downloaded, if a model is neither known nor a folder nor a hub id."""
+    path = Path(name)
+    if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
+        raise UserError(f"--model {name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
+                        f"{', '.join(sorted(known))}")
+
+
+LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1, "micro_batch": 1,
+          "max_new_tokens": 1, "steps": 1, "eval_rows": 1, "helper_concurrency": 1}
+SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
+
+
+def check(cfg: Any, models: Iterable[str]) -> None:
+    """Refuse values that cannot work, naming the flag; `models` are the names that need no folder."""
+    if not cfg.resume:
+        check_model_name(cfg.model, models)
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs `pip install tensorboard`")
+    for f in dataclasses.fields(cfg):
+        low = LOWEST.get(f.name, 0)
+        if f.type in (int, float) and not low <= getattr(cfg, f.name) < math.inf:
+            why = " (a group needs two responses for an advantage, Eq. 2)" if f.name == "generations" else ""
+            raise UserError(f"{flag(f.name)} {getattr(cfg, f.name)}: must be at least {low}{why}")
+    check_switch(cfg)
+    check_helper(cfg)
+    if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
+        raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
+    of_chartqa = not cfg.data.endswith((".json", ".jsonl", "toy"))
+    of_chartqa = of_chartqa and cfg.data.partition(":")[0] not in domains.DOMAINS
+    if (cfg.hints or cfg.augmented) and not of_chartqa:
+        raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
+    if cfg.model == "tiny" and cfg.data != "toy":
+        raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
+
+
+def check_switch(cfg: Any) -> None:
+    """Refuse a switching rule that does not exist, or does not belong to the mode."""
+    if not re.fullmatch(SWITCHES, cfg.switch):
+        raise UserError(f"--switch {cfg.switch}: give any-correct, threshold:0.8, anneal, budget:192, "
+                        "explore or memorize")
+    if cfg.switch.startswith("budget:") and int(cfg.switch.partition(":")[2]) < cfg.prompts:
+        raise UserError(f"--switch {cfg.switch}: give at least --prompts {cfg.prompts}, or the buffer may "
+                        "grow for ever")
+    if cfg.mode != "dyme" and (cfg.switch != type(cfg).switch or cfg.helper_url):
+        raise UserError(f"--switch and --helper-url belong to --mode dyme, not {cfg.mode}")
+
+
+def check_stages(mode: str, sft_steps: int, steps: int) -> None:
+    """Refuse a two-stage run that has only one stage."""
+    if mode == "two-stage" and not 0 < sft_steps < steps:
+        raise UserError(f"--sft-steps {sft_steps}: must lie between 0 and the run's {steps} steps")
+
+
+def check_helper(cfg: Any) -> None:
+    """Refuse flags of the helper that do not go together."""
+    if bool(cfg.helper_url) != bool(cfg.helper_model):
+        raise UserError("--helper-url and --helper-model belong together")
+    if cfg.helper_url and not cfg.helper_url.startswith(("http://", "https://")):
+        raise UserError(f"--helper-url {cfg.helper_url}: must begin with http:// or https://")
+    if (cfg.no_checker or cfg.no_refiner) and (not cfg.helper_url or cfg.no_checker and cfg.no_refiner):
+        raise UserError("--no-checker and --no-refiner leave out one half of what --helper-url brings")
+    if cfg.helper_key_env and cfg.helper_key_env not in os.environ:
+        raise UserError(f"--helper-key-env {cfg.helper_key_env}: no such environment variable")

@@ -1,0 +1,217 @@
+"""The toy: bar charts with known values, questions about them, and a tiny VLM to answer them."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from reward import FLAG, Example, reference_response
+
+BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the toy start from
+
+COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00", "purple": "#823cb4",
+          "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
+SPLITS = {"train": (0, 512), "val": (512, 512), "test": (1024, 1024)}  # the first chart, and how many
+QUESTIONS = {  # kind: question, goal in a trace
+    "value": ("What is the value of {a}?", "value of {a}"),
+    "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}"),
+    "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}"),
+    "tallest": ("Which bar is the tallest?", "tallest bar"),
+    "shortest": ("Which bar is the shortest?", "shortest bar"),
+}
+UNGROUNDED = {"high": 0.0, "medium": 0.25, "low": 0.5}  # share of traces that quote values not in the image
+
+
+@dataclass
+class Chart:
+    """A toy bar chart: four bars of different colours, and of different heights from 1 to 9."""
+
+    values: dict[str, int]  # by colour, from left to right
+
+    def draw(self) -> Image.Image:
+        """Draw 64 x 64 pixels, five to a unit of height, with each bar's initial below it."""
+        image = Image.new("RGB", (64, 64), "white")
+        pen = ImageDraw.Draw(image)
+        for i, (name, value) in enumerate(self.values.items()):
+            pen.rectangle((16 * i + 2, 51 - 5 * value, 16 * i + 13, 51), fill=COLORS[name])
+            pen.text((16 * i + 5, 52), name[0].upper(), fill="black")
+        return image
+
+    def facts(self) -> str:
+        """The visual facts, such as `red 4, blue 7, green 2, cyan 9`."""
+        return ", ".join(f"{name} {value}" for name, value in self.values.items())
+
+
+def random_charts(seed: int | list[int], count: int, without: Iterable[str] = ()) -> Iterator[Chart]:
+    """Yield `count` different charts, deterministic from the seed, none with the facts `without`."""
+    rng, seen = np.random.default_rng(seed), set(without)
+    count += len(seen)
+    while len(seen) < count:
+        names, values = rng.choice(list(COLORS), 4, replace=False), 1 + rng.choice(9, 4, replace=False)
+        chart = Chart(dict(zip(names.tolist(), values.tolist(), strict=True)))
+        if chart.facts() not in seen:
+            seen.add(chart.facts())
+            yield chart
+
+
+def answer_to(kind: str, bars: list[str], values: dict[str, int]) -> str:
+    """The answer to a question of this kind about these bars, if they had these values."""
+    first, second = values[bars[0]], values[bars[-1]]
+    numbers = {"value": first, "sum": first + second, "difference": first - second}
+    if kind in numbers:
+        return str(numbers[kind])
+    return (max if kind == "tallest" else min)(bars, key=values.get)
+
+
+def ask(kind: str, values: dict[str, int], a: str, b: str) -> tuple[str, str, str, list[str], str]:
+    """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for values).
+    """
+    question, goal = (text.format(a=a, b=b) for text in QUESTIONS[kind])
+    bars = {"value": [a], "sum": [a, b], "difference": [a, b]}.get(kind, list(values))
+    answer = answer_to(kind, bars, values)
+    working = {"value": f"{a} reads {{{a}}}",
+               "sum": f"{{{a}}} + {{{b}}} = {answer}",
+               "difference": f"{{{a}}} - {{{b}}} = {answer}",
+               "tallest": f"{answer} {{{answer}}} is the largest",
+               "shortest": f"{answer} {{{answer}}} is the smallest"}[kind]
+    return question, goal, answer, bars, working
+
+
+def two_bars(kind: str, values: dict[str, int], rng: np.random.Generator) -> tuple[str, str]:
+    """Choose the bars to ask about, the taller one first where their difference is asked for."""
+    a, b = rng.choice(list(values), 2, replace=False).tolist()
+    return (b, a) if kind == "difference" and values[a] < values[b] else (a, b)
+
+
+def trace(goal: str, bars: list[str], values: dict[str, int], working: str, answer: str) -> str:
+    """Thinking in the form of the traces, from the values given."""
+    observed = ", ".join(f"{bar} {values[bar]}" for bar in bars)
+    return (f"Goal: {goal}.\nObservation: {observed}.\n"
+            f"Reasoning: {working.format(**values)}.\nConclusion: {answer}.")
+
+
+def make_examples(split: str, traces: str = "low") -> list[Example]:
+    """Make a toy split: one question per chart, with its facts and a thinking trace of the given quality.
+
+    Some traces of lower quality are pseudo thinking: fluent, in the right form and with the right answer, but
+    the values that they quote are not in the image. Where it can, the answer follows from these values, so that
+    only the image gives them away. No chart is in two splits.
+    """
+    first, count = SPLITS[split]
+    charts = itertools.islice(random_charts(seed=1, count=first + count), first, None)
+    rng, examples = np.random.default_rng([2, first]), []
+    for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(QUESTIONS), strict=False)):
+        a, b = two_bars(kind, chart.values, rng)
+        question, goal, answer, bars, working = ask(kind, chart.values, a, b)
+        absent = rng.permutation([v for v in range(1, 10) if v not in chart.values.values()]).tolist()
+        quoted = chart.values
+        if rng.random() < UNGROUNDED[traces]:
+            drawn = [dict(zip(bars, v, strict=True)) for v in itertools.permutations(absent, len(bars))]
+            quoted = next((d for d in drawn if answer_to(kind, bars, d) == answer), drawn[0])
+        hint = trace(goal, bars, quoted, working, answer)
+        name = f"toy {split} row {i}"
+        examples.append(Example(question, answer, chart.draw, hint, chart.facts(), name=name))
+    return examples
+
+
+LESSONS = (
+    "I see {and}. Here {working}, so the result is {answer}.",
+    "To find the {goal}, look at {list}. Then {working}. It is {answer}.",
+    "The chart has {list}. As {working}, this gives {answer}.",
+    "Bars: {list}.\nWorking: {working}.\nResult: {answer}.",
+    "First look: {and}.\nThen think: {working}.\nSo {answer}.",
+    "Wanted: {goal}. The image has {list}; now {working}, hence {answer}.",
+)
+
+
+def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
+    """Yield rows (prompt, response) to pre-train a base on: charts described, and questions reasoned through.
+
+    The reasoning is in other wordings than the traces and, but for a share `flagged`, ends without the flag:
+    what learns from it sees well, but rarely answers in the format. Questions are put into `prompt`. No chart
+    is one of the toy's own.
+    """
+    rng = np.random.default_rng([3, seed])
+    reserved = {chart.facts() for chart in random_charts(1, max(map(sum, SPLITS.values())))}
+    charts = random_charts([4, seed], count, reserved)
+    for chart, kind in zip(charts, itertools.cycle(QUESTIONS), strict=False):
+        seen = chart.values
+        question, goal, answer, bars, working = ask(kind, seen, *two_bars(kind, seen, rng))
+        task = rng.random()
+        if task < 0.1:
+            text, response = "Describe the chart.", f"{chart.facts()}."
+        elif task < 0.3:
+            order = rng.permutation(list(seen)).tolist()
+            text, response = f"Describe {', '.join(order)}.", ", ".join(f"{n} {seen[n]}" for n in order) + "."
+        else:
+            text, read = prompt.format(question=question), [f"{bar} {seen[bar]}" for bar in bars]
+            response = LESSONS[rng.integers(len(LESSONS))].format(**{
+                "and": " and ".join(read), "list": ", ".join(read), "working": working.format(**seen),
+                "goal": goal, "answer": answer})
+            response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
+        yield Example(text, answer, chart.draw), response
+
+
+# ---- The toy's model: a tiny VLM of SmolVLM's architecture ----------------------------------------
+
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
+                "<image>", "<global-img>"]
+WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
+
+
+def vocabulary(prompt: str) -> list[str]:
+    """The tiny model's vocabulary: all words of the toy's questions in `prompt`, lessons and traces."""
+    examples = make_examples("train", "high")[:50]
+    texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
+    texts += [text for e in examples for text in (e.question, reference_response(e))]
+    texts += [text for e, response in lessons(0, 200, 0.5, prompt) for text in (e.question, response)]
+    words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
+    return SPECIAL_TOKENS + sorted(words)
+
+
+def build_model(seed: int, words: list[str]) -> Any:
+    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
+    # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "image_size": 64, "patch_size": 16, "initializer_range": 0.08}
+    text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
+                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+                max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
+        text_config=text, **ids), dtype=torch.float32)
+
+
+def build_processor(words: list[str]) -> Any:
+    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.idefics3 import Idefics3Processor
+    from transformers.models.idefics3 import (
+        image_processing_pil_idefics3 as pil_idefics3,
+    )
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
+        additional_special_tokens=SPECIAL_TOKENS[2:])
+    images = pil_idefics3.Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
+    template = (
+        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
+        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}")
+    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
