@@ -221,6 +221,43 @@ def plain_logprobs(model: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, 
     return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
 
 
+def plain_loss(model: torch.nn.Module, prompts: list[dict[str, Tensor]], sequences: list[Sequence],
+               temperature: float) -> Tensor:
+    """The specification: Eq. 7-8 as written, a sequence at a time, without packing, cache or chunks."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for sequence in sequences:
+        prompt, ids = prompts[sequence.prompt], torch.tensor(sequence.ids)
+        if sequence.explore:
+            # Eq. 7: -E[rho A]; the ratio rho is 1, its gradient that of log p at the sampling temperature.
+            logprobs = plain_logprobs(model, prompt, ids, temperature)
+            rho = torch.exp(logprobs - logprobs.detach())
+            loss = loss - sequence.weight * rho.mean()
+        else:
+            # Eq. 1: -E[log p(y | x)] of the target, at temperature 1.
+            loss = loss - sequence.weight * plain_logprobs(model, prompt, ids).mean()
+    return loss
+
+
+@pytest.mark.parametrize("micro_batch", [3, 2, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_loss_is_the_plain_one(family: str, micro_batch: int) -> None:
+    model = tiny_family(family)
+    prompts = [family_inputs(family, list(range(10, 13 + 2 * i)), i) for i in range(3)]
+    sequences = [Sequence(0, [20, 21, 22, 2], 0.3, True), Sequence(0, [23, 24], -0.3, True),
+                 Sequence(1, [25, 26, 27, 28, 29, 2], 1 / 3, False), Sequence(2, [30], 0.2, True)]
+    policy = dyme.Policy(model, None, [2], 0, CPU)
+    trainer = dyme.Trainer(Config(temperature=0.7), policy, None, torch.amp.GradScaler("cpu", enabled=False))
+    batches = [pad_batch(prompts[i:i + micro_batch]) for i in range(0, 3, micro_batch)]
+    loss = dyme.accumulate_gradients(trainer, batches, sequences)["loss"]
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = plain_loss(model, prompts, sequences, 0.7)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-6) and len(fast) > 20
+    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert fast.keys() == plain.keys() and all(torch.allclose(fast[n], plain[n], atol=1e-6) for n in fast)
+
+
 @pytest.mark.parametrize("limit", [1024, 5, 0])  # a prompt's sequences in one packed row, or in several
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_give_the_plain_logprobs_and_gradients(family: str, limit: int) -> None:
@@ -548,18 +585,18 @@ def test_a_dyme_step_is_eq_8_computed_the_plain_way(tiny: Policy, examples: list
     done = dyme.train_step(trainer, examples[:4], 0, 1e-3)
     got = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    policy, total = trainer.policy, 0.0
+    assert done.explore.tolist() == [True, False, True, True]
+    sequences = []
     for p, row in enumerate(CORRECT):
-        inputs = dyme.encode_prompts(policy, [examples[p]], room=40)
         rewards = np.array(row, dtype=float)
-        if not any(row):
-            target = dyme.target_ids(policy, examples[p])
-            total -= plain_logprobs(model, inputs, torch.tensor(target)).mean() / 4  # full weight, temperature 1
-            continue
-        for k in range(4):
+        for k, response in enumerate(done.groups.responses[p]):
             advantage = (rewards[k] - rewards.mean()) / (rewards.std() + 1e-4)
-            logprobs = plain_logprobs(model, inputs, torch.tensor(done.groups.responses[p][k].ids), temperature=0.7)
-            total -= advantage * logprobs.mean() / 16
+            if any(row):
+                sequences.append(Sequence(p, response.ids, advantage / (4 * 4), True))
+        if not any(row):
+            sequences.append(Sequence(p, dyme.target_ids(trainer.policy, examples[p]), 1 / 4, False))  # full weight
+    prompts = [dyme.encode_prompts(trainer.policy, [example], room=40) for example in examples[:4]]
+    total = plain_loss(model, prompts, sequences, temperature=0.7)
     total.backward()
     expected = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
