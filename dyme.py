@@ -53,7 +53,7 @@ class Config:
     mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     # Steps
-    steps: int = 400  # optimisation steps
+    steps: int = 600  # optimisation steps
     epochs: float = 0.0  # passes over the data at --prompts a step; if above 0, it sets --steps
     prompts: int = 8  # prompts in an optimisation step (sft takes prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
@@ -63,10 +63,10 @@ class Config:
     temperature: float = 1.0  # sampling temperature
     # Switch, learning rate, loss
     switch: str = "any-correct"  # any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
-    sft_steps: int = 100  # two-stage: steps of SFT before GRPO
+    sft_steps: int = 150  # two-stage: steps of SFT before GRPO
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
-    thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t
+    thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t (grpo, two-stage: 0)
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
     beta: float = 0.0  # weight of the KL term of grpo and two-stage (Eq. 3); loads the model twice
     released_code: bool = False  # do as the authors' release where it departs from the paper
@@ -86,7 +86,7 @@ class Config:
     vision_cache: float = 0.0  # GiB in which to keep the frozen tower's output for later epochs
     train_vision: bool = False  # train the vision tower too (frozen in the release)
     # Run
-    eval_every: int = 200  # steps between evaluations on held-out rows (0: only before and after)
+    eval_every: int = 150  # steps between evaluations on held-out rows (0: only before and after)
     eval_rows: int = 512  # held-out rows in an evaluation
     save_every: int = 100  # steps between checkpoints (0: only at the end)
     tensorboard: bool = False  # also write metrics for TensorBoard, into the run folder
@@ -122,6 +122,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
     defaults = dict(REAL) if preset == "real" else {}
     if "steps" in given:
         defaults["epochs"] = 0.0
+    if given.get("mode") in ("grpo", "two-stage"):
+        # r_t is DyME's: the paper rewards the baselines by r_a alone.
+        defaults["thinking_weight"] = 0.0
     if "released_code" in given:
         defaults["format_weight"] = 1.0
     cfg = Config(**(defaults | given))
@@ -175,6 +178,7 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
         raise models.loading_error(name, error) from None
     if missing:
         raise UserError(f"--model {name}: has no weights for {min(missing)}")
+    parallel.limit_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
 
 
@@ -770,6 +774,7 @@ class Trainer:
     buffer: list[Example] = field(default_factory=list)  # failures, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
     failures: int = 0  # steps in a row whose loss or gradient was not finite
+    best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
 
 
 @dataclass
@@ -974,7 +979,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
-    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; log the averages."""
+    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; keep the best weights so far."""
     cfg, own = trainer.cfg, parallel.share(len(held_out))
     with parallel.errors_shared():
         part = held_out[own.start:own.stop]
@@ -985,8 +990,11 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     summary = judging.summarise(predictions)
     files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
-    tqdm.write(f"step {step}: held-out accuracy {summary['strict']:.3f}, "
-               f"answers in the format {summary['in_format']:.3f}")
+    tqdm.write(f"step {step}: " + judging.one_line(summary))
+    if step and summary["strict"] > trainer.best:
+        trainer.best = summary["strict"]
+        with files.replaced_folder(run / "best") as folder:
+            save_policy(trainer.policy, folder)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -996,17 +1004,22 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     """Write `checkpoint/`, a transformers directory that also holds the training state."""
     if not parallel.is_main():
         return
-    policy, helper = trainer.policy, trainer.helper
+    helper = trainer.helper
     state = {
-        "step": step, "failures": trainer.failures,
+        "step": step, "failures": trainer.failures, "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(),
         "kept": {"buffer": [(example.name, example.hint) for example in trainer.buffer],
                  "examples": [*helper.examples] if helper else []},
     }
     with files.replaced_folder(run / "checkpoint") as folder:
-        policy.model.save_pretrained(folder)
-        policy.processor.save_pretrained(folder)
+        save_policy(trainer.policy, folder)
         torch.save(state, folder / "training_state.pt")
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a transformers directory."""
+    policy.model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
 
 
 def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int:
@@ -1020,7 +1033,7 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
     # A run may go on with another precision.
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.failures = state["failures"]
+    trainer.failures, trainer.best = state["failures"], state.get("best", -1.0)
     by_name = {example.name: example for example in examples}
     for name, hint in state["kept"]["buffer"]:
         trainer.buffer.append(replace(by_name[name], hint=hint))

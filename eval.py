@@ -1,13 +1,15 @@
-"""Score runs or models on the test split: greedy accuracy, format, groundedness, and pass@k.
+"""Score runs or models on the test split: accuracy, valid thinking, format, pass@k.
 
-    python eval.py --model runs/tiny-toy-dyme-s0                      # a run, on the test split of its data
-    python eval.py --model runs/*-dyme-s? runs/*-grpo-s?              # a table, with mean over seeds
-    python eval.py --model SmolVLM-256M --data chartqa --limit 100    # a base model
-    python eval.py --model runs/tiny-toy-dyme-s0 --samples 8          # pass@8 and majority@8 as well
-    python eval.py report runs/*                                      # a page that shows them think
+    python eval.py runs/tiny-toy-dyme-s0                      # a run, on the test split of its data
+    python eval.py runs/*-dyme-s? runs/*-grpo-s? --best       # a table; the best weights by val
+    python eval.py tiny                                       # the toy's base, before any training
+    python eval.py SmolVLM-256M --data chartqa --limit 100    # a base model
+    python eval.py runs/tiny-toy-dyme-s0 --samples 8          # pass@8 and majority@8 as well
+    python eval.py report runs/*                              # a page that shows them think
 
-Two accuracies are reported. *official* is ChartQA's relaxed accuracy of the text behind the last `Answer:`,
-or of the whole text without one; *strict* also wants the format: one flag, an answer, an end token.
+*strict* accuracy wants the format: one flag, an answer, an end token. *official* is the data set's published
+score of the text after the last `Answer:`; *any_format* counts the last word or number of the response.
+*valid_thinking* is right for the right reasons (see the README).
 """
 
 import argparse
@@ -21,7 +23,7 @@ from dyme import CHANGEABLE_ON_RESUME, Config, load_policy, respond
 from support import data, files, judging, models, parallel, report, rows, runs, settings
 from support.errors import UserError
 
-COLUMNS = ("strict", "official", "in_format", "groundedness", "length")
+COLUMNS = ("strict", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         parser.add_argument(flag, type=type(default), default=default, metavar="X", help=text, **options)
 
-    add("--model", "", "run folders, model directories, hub ids, short names", nargs="+", required=True)
+    parser.add_argument("models", nargs="*", metavar="MODEL",
+                        help="run folders, model directories, hub ids, short names, tiny")
+    parser.add_argument("--model", nargs="+", default=[], metavar="X", help="the same")
+    parser.add_argument("--best", action="store_true", help="a run's best weights by val, not its last")
     add("--data", "", "as for dyme.py [a run's own data, else toy]")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
@@ -42,7 +47,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
     add("--device", "auto", "auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.model += args.models
+    if not args.model:
+        raise UserError("name a run folder or a model to score (--help shows all flags)")
     for name in ("samples", "limit", "max_new_tokens", "batch", "image_edge", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
@@ -58,14 +66,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Answer the test split with one model, write predictions.jsonl, and return the averages."""
     is_run = (Path(name) / "config.json").exists() and (Path(name) / "metrics.jsonl").exists()
-    if is_run and not (Path(name) / "checkpoint").is_dir():
-        raise UserError(f"--model {name}: this run has no checkpoint yet (see --save-every)")
+    weights = "best" if args.best else "checkpoint"
+    if is_run and not (Path(name) / weights).is_dir():
+        raise UserError(f"--model {name}: this run has no {weights} yet (see --save-every, --eval-every)")
     saved = settings.read(Path(name), Config) if is_run else {}
     source = args.data or saved.get("data", "toy")
     toy = source == "toy"
     examples = load_test(name, source, saved.get("data"), args.limit)
     image_edge = args.image_edge or saved.get("image_edge", 0)
-    policy = load_policy(name, parallel.select_device(args.device), image_edge)
+    source_of_weights = str(Path(name) / weights) if is_run else name
+    policy = load_policy(source_of_weights, parallel.select_device(args.device), image_edge)
     out = open_folder(Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}")))
 
     max_new_tokens = 1024
@@ -74,7 +84,7 @@ def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     max_new_tokens = args.max_new_tokens or max_new_tokens
     batch = args.batch or (64 if toy else 8)
     predictions = list(respond(policy, examples, max_new_tokens, batch))
-    summary = {"model": name, "data": source} | judging.summarise(predictions)
+    summary = {"model": name, "weights": weights, "data": source} | judging.summarise(predictions)
     if args.samples:
         k = args.samples
         drawn = list(respond(policy, examples, max_new_tokens, max(1, batch // k), k, args.temperature,
@@ -124,7 +134,7 @@ def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line per model, then mean and range over the seeds of each setting that has several."""
-    extra = [key for key in table[0] if key.startswith(("official_", "pass@", "majority@"))]
+    extra = [key for key in table[0] if key.startswith(("official_", "strict_", "pass@", "majority@"))]
     columns = [*COLUMNS, *extra]
     width = max(len(row["model"]) for row in table)
     heads = " ".join(f"{column:>12.18}" for column in columns)
@@ -144,8 +154,10 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 def print_seeds(seeds: list[dict[str, Any]]) -> None:
     """Print mean and range over seeds."""
-    for column in ("strict", "official"):
-        scores = [row[column] for row in seeds]
+    for column in ("strict", "official", "valid_thinking"):
+        scores = [row[column] for row in seeds if row[column] is not None]
+        if not scores:
+            continue
         mean = sum(scores) / len(scores)
         print(f"{seeds[0]['mode']}, {column}, {len(seeds)} seeds: mean {mean:.3f} "
               f"(from {min(scores):.3f} to {max(scores):.3f})")

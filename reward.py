@@ -2,10 +2,7 @@
 
 A response is judged in two ways. Rule-based verification says whether its answer is right (r_a of Eq. 6), and
 the thinking reward says how its thinking compares with the reference trace (r_t of Eq. 7). At the end:
-groundedness, which tells pseudo thinking from thinking.
-
-    verify("red 3 + blue 4 = 7\\nAnswer: 7", Example("What is the sum?", "7")).correct    # True
-    thinking_f1("red is 3", "red is 4")                                                   # 0.667
+groundedness and `thinking_fault`, which tell pseudo thinking from thinking.
 """
 
 import ast
@@ -124,14 +121,9 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0) -> bool:
     p, t = _number(prediction), _number(target)
     if p is None or t is None:
         return prediction.lower() == target.lower()
-    (p_value, p_percent), (t_value, t_percent) = p, t
-    # "42 %" for "42" is formatting (a chart gives the unit on its axis) ...
-    if _close(p_value, t_value, tolerance):
-        return True
-    # ... and "42%" for "0.42" is the same value.
-    p_fraction = p_value / 100 if p_percent else p_value
-    t_fraction = t_value / 100 if t_percent else t_value
-    return _close(p_fraction, t_fraction, tolerance)
+    # "42 %" for "42" is formatting (a chart gives the unit on its axis); "42%" is also 0.42.
+    fractions = [value / 100 if percent else value for value, percent in (p, t)]
+    return _close(p[0], t[0], tolerance) or _close(*fractions, tolerance)
 
 
 def _close(prediction: float, target: float, tolerance: float) -> bool:
@@ -187,7 +179,8 @@ def thinking_f1(trace: str, reference: str) -> float:
 
 def _tokens(response: str) -> Counter[str]:
     thinking, _ = split_response(response)
-    return Counter(re.findall(rf"{NUMBER}|\w+", thinking.lower()))
+    # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
+    return Counter(re.findall(rf"{NUMBER}|\w+|[-+*/=×÷−]", thinking.lower()))
 
 
 def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, int]:
@@ -213,6 +206,34 @@ def quoted_numbers(thinking: str, facts: str, question: str = "") -> list[tuple[
     return quoted
 
 
+def thinking_fault(response: str, example: Example) -> str:
+    """What is wrong with a response's thinking, by rules alone; empty if it is valid.
+
+    Valid thinking quotes numbers of the image or derives them, all its equations are true, at least one
+    number or equation is there, and it ends in the answer. Needs the example's facts.
+    """
+    thinking, answers = split_response(response)
+    for equation in equations(thinking):
+        if not equation.true:
+            return f"{equation.text} is false"
+    quoted = quoted_numbers(thinking, example.facts or "", example.question)
+    for start, end, grounded in quoted:
+        if not grounded:
+            return f"{thinking[start:end]} is not in the image"
+    if not quoted and not equations(thinking):
+        return "nothing is quoted from the image"
+    answer = answers[0] if answers else example.answer
+    if not ends_in(thinking, answer):
+        return f"it does not end in {answer}"
+    return ""
+
+
+def ends_in(text: str, answer: str) -> bool:
+    """Are the last words or numbers of a text the answer, formatting aside?"""
+    found, wanted = (re.findall(rf"{NUMBER}|\w+", part.lower()) for part in (text, answer))
+    return bool(wanted) and found[-len(wanted):] == wanted
+
+
 def _value(text: str) -> float:
     return round(float(text.replace(",", "")), 6)
 
@@ -224,6 +245,7 @@ def _value(text: str) -> float:
 class Equation:
     """Arithmetic that a trace writes down, such as `(3 + 4) / 2 = 3.5`."""
 
+    text: str
     operands: list[float]  # of its left side, but for divisors: an average divides by a count
     result: float  # its right side
     true: bool  # is the left side worth the right side, within 1 %?
@@ -246,7 +268,8 @@ def equations(thinking: str) -> list[Equation]:
         operands = [_value(t) for before, t in zip(["", *left], left, strict=False)
                     if t[-1].isdigit() and before != "/"]
         result = sign * _value(right[0])
-        found.append(Equation(operands, result, abs(value - result) <= 0.01 * max(1.0, abs(value))))
+        true = abs(value - result) <= 0.01 * max(1.0, abs(value))
+        found.append(Equation(f"{' '.join(left)} = {result:g}", operands, result, true))
     return found
 
 

@@ -7,38 +7,64 @@ from reward import Example
 
 
 def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
-    """Judge a held-out response: *strict* wants the format, *official* takes whatever stands last."""
+    """Judge a held-out response.
+
+    *strict* wants the format, *official* takes whatever stands last, *any_format* the last word or number.
+    What needs visual facts is None without them.
+    """
     verdict = reward.verify(response, example, finished, tolerance=0.05)
     answer, (thinking, _) = reward.final_answer(response), reward.split_response(response)
     scores = {name: score(answer) for name, score in example.scores.items()}
     official = scores.pop("official", reward.relaxed_match(answer, example.answer))
     grounded, quoted = reward.groundedness(thinking, example.facts or "", example.question)
-    if not example.facts:  # nothing to tell grounded numbers by
-        grounded, quoted = 0, 0
+    fault = reward.thinking_fault(response, example) if example.facts else None
     return {"name": example.name, "source": example.source, "question": example.question,
             "answer": example.answer, "response": response, "parsed": verdict.answer,
             "strict": verdict.correct, "official": official, "scores": scores,
+            "any_format": verdict.correct or reward.ends_in(response, example.answer),
             "in_format": verdict.in_format, "finished": finished,
-            "grounded_numbers": grounded, "quoted_numbers": quoted}
+            "thinking_fault": fault,
+            "valid_thinking": None if fault is None else verdict.correct and not fault,
+            "grounded_numbers": grounded if example.facts else 0,
+            "quoted_numbers": quoted if example.facts else 0}
+
+
+# The published scores of ChartQA and SLAKE are means over these parts, not over rows.
+PARTS = ({"human", "augmented"}, {"open", "closed"})
 
 
 def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Average judged responses; `official` is the mean over sources (ChartQA: human and augmented)."""
+    """Average judged responses, over all and by source (kinds of question, or parts of the data)."""
 
-    def mean(key: str, rows: list[dict[str, Any]]) -> float:
-        return sum(row[key] for row in rows) / len(rows)
+    def mean(key: str, rows: list[dict[str, Any]]) -> float | None:
+        values = [row[key] for row in rows if row[key] is not None]
+        return sum(values) / len(values) if values else None
 
-    summary = {"strict": mean("strict", predictions)}
-    sources = sorted({row["source"] for row in predictions})
-    by_source = {f"official_{source}": mean("official", [p for p in predictions if p["source"] == source])
-                 for source in sources}
-    summary["official"] = sum(by_source.values()) / len(sources)
-    if len(sources) > 1:
-        summary |= by_source
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for row in predictions:
+        sources.setdefault(row["source"], []).append(row)
+    summary = {key: mean(key, predictions) for key in ("strict", "any_format", "official")}
+    if any(sources.keys() <= part for part in PARTS):
+        by_part = {f"official_{name}": mean("official", rows) for name, rows in sorted(sources.items())}
+        summary["official"] = sum(by_part.values()) / len(by_part)
+        summary |= by_part if len(by_part) > 1 else {}
     for name in predictions[0]["scores"]:  # a data set's own, such as multiple_choice
         summary[name] = mean(name, [row["scores"] for row in predictions])
-    for key in ("in_format", "finished", "length"):
+    for key in ("valid_thinking", "in_format", "finished", "length"):
         summary[key] = mean(key, predictions)
     quoted = sum(row["quoted_numbers"] for row in predictions)
     grounded = sum(row["grounded_numbers"] for row in predictions)
-    return summary | {"groundedness": grounded / quoted if quoted else None, "rows": len(predictions)}
+    summary["groundedness"] = grounded / quoted if quoted else None
+    if len(sources) > 1:
+        for name, rows in sources.items():
+            summary[f"strict_{name}"] = mean("strict", rows)
+            summary[f"any_format_{name}"] = mean("any_format", rows)
+    return summary | {"rows": len(predictions)}
+
+
+def one_line(summary: dict[str, Any]) -> str:
+    """The averages that matter most, as text."""
+    text = f"held-out accuracy {summary['strict']:.3f}"
+    if summary["valid_thinking"] is not None:
+        text += f", with valid thinking {summary['valid_thinking']:.3f}"
+    return f"{text}, answers in the format {summary['in_format']:.3f}"

@@ -1,4 +1,4 @@
-"""Make the toy's base model again, from its recipe: `python -m support.make_toy_base [FOLDER]`.
+"""Make the toy's base model again, from its recipe: `python -m support.make_toy_base [FOLDER [SEED]]`.
 
 The base lies in support/toy_base, so that everyone starts from the same weights.
 """
@@ -14,8 +14,8 @@ import dyme
 from dyme import Policy, Sequence
 from support import runs, toy
 
-SEED, STEPS, BATCH, LR, WARMUP = 0, 700, 64, 3e-3, 50
-FLAGGED = 0.0002  # share of lessons that end in the answer format
+SEED, STEPS, BATCH, LR, WARMUP = 0, 900, 64, 3e-3, 50
+FLAGGED = 0.04  # share of lessons that end in the answer format
 
 
 def new_policy(seed: int) -> Policy:
@@ -25,8 +25,9 @@ def new_policy(seed: int) -> Policy:
     return dyme.make_policy(model, processor, torch.device("cpu"))
 
 
-def teach(policy: Policy, steps: int, batch: int, seed: int = SEED) -> None:
+def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
     """Pre-train a policy on `steps` batches of lessons."""
+    torch.set_num_threads(1)  # the weights must not depend on the number of cores
     lessons = toy.lessons(seed, batch * steps, FLAGGED, dyme.PROMPT)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
     interval = runs.bar_interval()
@@ -47,14 +48,15 @@ def teach(policy: Policy, steps: int, batch: int, seed: int = SEED) -> None:
         optimizer.zero_grad()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seed: int = SEED) -> None:
     """Make the base and write it into a folder."""
-    policy = new_policy(SEED)
-    teach(policy, STEPS, BATCH)
+    policy = new_policy(seed)
+    teach(policy, STEPS, BATCH, seed)
     policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     print(f"wrote {folder}")
 
 
 if __name__ == "__main__":
-    sys.exit(runs.run_main(lambda: main(Path(sys.argv[1] if len(sys.argv) > 1 else toy.BASE))))
+    folder, seed = [*sys.argv[1:], *[str(toy.BASE), str(SEED)][len(sys.argv) - 1:]]
+    sys.exit(runs.run_main(lambda: main(Path(folder), int(seed))))

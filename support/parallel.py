@@ -37,6 +37,12 @@ def half_precision() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def limit_threads(parameters: int) -> None:
+    """Let a tiny model run on one thread: two gain little, and beside a busy process wait for each other."""
+    if parameters < 2e6:
+        torch.set_num_threads(1)
+
+
 def peak_memory_gib(device: torch.device) -> float | None:
     """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
     if device.type == "cuda":

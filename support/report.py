@@ -21,6 +21,7 @@ from support.errors import UserError
 
 CURVES = (  # title, unit, key, of evaluations, a share
     ("Held-out accuracy", "share right and in the format, greedy", "strict", True, True),
+    ("Valid thinking", "held-out: share right for the right reasons", "valid_thinking", True, True),
     ("Training accuracy", "share of sampled responses right (mean r_a)", "accuracy", False, True),
     ("Share memorized (Fig. S2)", "prompts, SFT / (SFT + RL)", "memorized", False, True),
     ("Groups without a right response", "share of groups", "none_correct", False, True),
@@ -33,7 +34,8 @@ CURVES = (  # title, unit, key, of evaluations, a share
     ("Truncated", "share cut off by the length limit", "truncated", False, True),
     ("Step time", "seconds", "seconds", False, False),
 )
-SCORES = {"strict": "accuracy", "in_format": "in format", "groundedness": "groundedness",
+SCORES = {"strict": "accuracy", "valid_thinking": "valid thinking", "in_format": "in format",
+          "groundedness": "groundedness",
           "length": "length (tokens)"}
 POINTS, ANSWERS, PAGE_BYTES, TEXT_BYTES = 500, 40, 9e6, 7e6  # what keeps a page under 10 MB
 

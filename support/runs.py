@@ -40,7 +40,8 @@ def prepare(cfg: Any) -> None:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json.tmp").touch()  # to know now whether it can be written
         (run / "config.json.tmp").unlink()
-        files.restore_folder(run / "checkpoint")
+        for name in ("checkpoint", "best"):
+            files.restore_folder(run / name)
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
 
@@ -51,7 +52,7 @@ def begin(cfg: Any, step: int, resumed: bool) -> None:
         return
     run = Path(cfg.out)
     if not resumed:
-        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "tensorboard"):
+        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "best", "tensorboard"):
             shutil.rmtree(run / name, ignore_errors=True)
         for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
             # Replies that were paid for outlive a crash before the first save.
@@ -86,18 +87,43 @@ def print_stopped(run: Path) -> None:
 
 
 def print_summary(run: Path, mode: str, steps: int) -> None:
-    """Print three held-out answers with their thinking, accuracy before and after, and what to run next."""
+    """Print three held-out answers before and after, and what was measured. Held-out rows are greedy."""
     if not parallel.is_main():
         return
-    for p in files.read_jsonl(run / f"held-out-{steps}.jsonl")[:3]:
-        verdict = "right" if p["strict"] else "wrong"
-        print(f"\n{p['question']} (answer {p['answer']}; this response is {verdict})")
-        print(textwrap.indent(p["response"], "    "))
     before, *_, after = files.read_jsonl(run / "evaluations.jsonl")
-    print(f"\nheld-out accuracy: {before['strict']:.3f} before, {after['strict']:.3f} after {steps} "
-          f"steps of {mode} ({after['rows']} rows, greedy, only answers in the format count)")
+    old, new = (files.read_jsonl(run / f"held-out-{step}.jsonl") for step in (before["step"], steps))
+    for p, q in zip(old, new, strict=True):
+        if p["name"] in chosen_rows(old, before):
+            print(f"\n{q['question']} (answer: {q['answer']}" + (f"; {p['facts']})" if p.get("facts") else ")"))
+            for when, said in (("before", p), ("after", q)):
+                print(f"  {when}: {verdict(said)}")
+                print(textwrap.indent(said["response"] or "(nothing)", "    "))
+    print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
+    for name, key in (("right and in the format", "strict"), ("and with valid thinking", "valid_thinking"),
+                      ("in the format", "in_format"), ("last word right, in any format", "any_format")):
+        if after.get(key) is not None:
+            print(f"  {name:31} {before[key]:.3f} -> {after[key]:.3f}")
     quoted = shlex.quote(str(run))
-    print(f"everything is in {run}; next: python eval.py --model {quoted}, python eval.py report {quoted}")
+    print(f"everything is in {run}; next: python eval.py {quoted}, python eval.py report {quoted}")
+
+
+def chosen_rows(rows: list[dict[str, Any]], summary: dict[str, Any]) -> set[str]:
+    """Names of three rows to show: of the source that the base is worst at, and of two others."""
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    sources.sort(key=lambda source: summary.get(f"any_format_{source}", 0.0))
+    chosen: list[str] = []
+    for source in sources[:1] + sources[:0:-1]:
+        chosen += [row["name"] for row in rows if row["source"] == source][:1]
+    return {*(chosen + [row["name"] for row in rows if row["name"] not in chosen])[:3]}
+
+
+def verdict(judged: dict[str, Any]) -> str:
+    """A held-out response's answer and thinking, judged in words."""
+    answer = "answer right" if judged["strict"] else "answer wrong" if judged["in_format"] else "not in the format"
+    if judged["thinking_fault"] is None:
+        return answer
+    thinking = f"thinking false: {judged['thinking_fault']}" if judged["thinking_fault"] else "thinking valid"
+    return f"{answer}; {thinking}"
 
 
 # ---- Logging -------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dyme
 import eval as evaluation
 import reward
+import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
-from support import ablations, benchmark, chartqa, data, files, graphs, judging, report
-from support import settings, supervision, test_course, toy, toy_helper
+from support import ablations, benchmark, chartqa, data, domains, files, graphs, judging, parallel
+from support import report, settings, supervision, test_course, toy, toy_helper
 from support import runs as run_folders
 from support.errors import UserError
 from support.make_toy_base import new_policy
@@ -722,28 +723,44 @@ def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples:
 # ---- The README -----------------------------------------------------------------------------------
 
 
-def test_help_and_readme_know_every_flag_metric_and_function(runs: Path, capsys: Capture) -> None:
-    readme = (Path(dyme.__file__).parent / "README.md").read_text()
+def test_help_knows_every_flag_and_the_readmes_name_nothing_else(runs: Path, capsys: Capture) -> None:
+    here = Path(dyme.__file__).parent
+    readme = (here / "README.md").read_text() + (here / "support" / "README.md").read_text()
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
     with pytest.raises(SystemExit):
         dyme.parse_config(["--help"])
     shown = capsys.readouterr().out
     assert all(f"{flag} " in shown for flag in flags)
     assert run(runs, "a", "--steps", "1") == 0
-    assert all(f"`{key}`" in readme for key in files.read_jsonl(runs / "a" / "metrics.jsonl")[0])
-    code = " ".join((Path(dyme.__file__).parent / name).read_text() for name in ("dyme.py", "eval.py"))
+    assert all(f"`{key}`" in readme for key in files.read_jsonl(runs / "a" / "metrics.jsonl")[0])  # the glossary
+    assert {"strict", "any_format", "valid_thinking", "in_format", "groundedness", "strict_sum"} <= set(
+        files.read_jsonl(runs / "a" / "evaluations.jsonl")[0])
     mentioned = set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help", "--nproc", "--logdir"}  # of other programs
-    assert all(flag in flags or f'"{flag}"' in code for flag in mentioned) and flags <= mentioned
-    explained = readme[readme.index("## The paper in code"):readme.index("## Options")]
-    names = set(re.findall(r"`([a-z]+_[a-z_]+)`", readme)) | set(re.findall(r"`([A-Za-z]+)`", explained))
-    known = [dyme, reward, evaluation, Config()] + [sys.modules[__name__], torch.nn.Module()]
-    written = [files.read_jsonl(runs / "a" / name)[0] for name in ("metrics.jsonl", "held-out-1.jsonl")]
-    known_names = set().union(*written) | set(test_course.EXERCISES) | {
-        "multiple_choice", "helper_calls", "helper_failures"}
-    assert len(names) > 40 and not [n for n in names - known_names if not any(hasattr(place, n) for place in known)]
+    code = (here / "eval.py").read_text()
+    assert not [flag for flag in mentioned if flag not in flags and f'"{flag}"' not in code]
+    # Functions and metrics that the READMEs name exist.
+    names = set(re.findall(r"`([a-z]+_[a-z_]+)`", readme))
+    modules = [dyme, reward, evaluation, ablations, supervision, settings, run_folders, domains, parallel, files]
+    known = [*modules, Config(), test_dyme, test_course, torch.nn.Module(), dyme.Policy]
+    written = [files.read_jsonl(runs / "a" / name)[0] for name in ("metrics.jsonl", "held-out-1.jsonl",
+                                                                  "evaluations.jsonl")]
+    others = set().union(*written) | set(test_course.EXERCISES) | {"multiple_choice", "helper_calls", "helper_failures"}
+    assert len(names) > 30 and not [n for n in names - others if not any(hasattr(place, n) for place in known)]
 
 
-def test_the_readmes_walk_through_runs_as_printed(tiny: Policy, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_setting_without_a_comment_is_still_a_flag() -> None:
+    @dataclasses.dataclass
+    class Settings:
+        steps: int = 3
+        # A title
+        name: str = "x"  # what it is called
+
+    given = settings.build_parser(Settings, "", {}, {}).parse_args(["--steps", "4", "--name", "y"])
+    assert vars(given) == {"steps": 4, "name": "y"}
+
+
+def test_the_readmes_walk_through_runs_as_printed(
+        tiny: Policy, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     readme = (Path(dyme.__file__).parent / "README.md").read_text()
     code = re.search(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)[1]
     monkeypatch.setattr(dyme, "load_policy", lambda *_: tiny)

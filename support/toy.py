@@ -17,7 +17,7 @@ BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the 
 
 COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00", "purple": "#823cb4",
           "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
-SPLITS = {"train": (0, 512), "val": (512, 512), "test": (1024, 1024)}  # the first chart, and how many
+SPLITS = {"train": (0, 2048), "val": (4096, 512), "test": (4608, 1024)}  # the first chart, and how many
 QUESTIONS = {  # kind: question, goal in a trace
     "value": ("What is the value of {a}?", "value of {a}"),
     "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}"),
@@ -25,7 +25,7 @@ QUESTIONS = {  # kind: question, goal in a trace
     "tallest": ("Which bar is the tallest?", "tallest bar"),
     "shortest": ("Which bar is the shortest?", "shortest bar"),
 }
-UNGROUNDED = {"high": 0.0, "medium": 0.25, "low": 0.5}  # share of traces that quote values not in the image
+UNGROUNDED = {"high": 0.0, "medium": 1 / 3, "low": 2 / 3}  # share of traces that quote values not in the image
 
 
 @dataclass
@@ -116,7 +116,7 @@ def make_examples(split: str, traces: str = "low") -> list[Example]:
             quoted = next((d for d in drawn if answer_to(kind, bars, d) == answer), drawn[0])
         hint = trace(goal, bars, quoted, working, answer)
         name = f"toy {split} row {i}"
-        examples.append(Example(question, answer, chart.draw, hint, chart.facts(), name=name))
+        examples.append(Example(question, answer, chart.draw, hint, chart.facts(), kind, name))
     return examples
 
 
@@ -130,32 +130,59 @@ LESSONS = (
 )
 
 
-def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
-    """Yield rows (prompt, response) to pre-train a base on: charts described, and questions reasoned through.
+KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: sum, difference
 
-    The reasoning is in other wordings than the traces and, but for a share `flagged`, ends without the flag:
-    what learns from it sees well, but rarely answers in the format. Questions are put into `prompt`. No chart
-    is one of the toy's own.
+
+def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
+    """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
+
+    What learns from them reads any bar and calculates with any two numbers, but never has to put the two
+    together: sums and differences of bars are missing. The reasoning is in other wordings than the traces,
+    and but for a share `flagged` it ends without the flag. No chart is one of the toy's own.
     """
     rng = np.random.default_rng([3, seed])
     reserved = {chart.facts() for chart in random_charts(1, max(map(sum, SPLITS.values())))}
     charts = random_charts([4, seed], count, reserved)
-    for chart, kind in zip(charts, itertools.cycle(QUESTIONS), strict=False):
-        seen = chart.values
-        question, goal, answer, bars, working = ask(kind, seen, *two_bars(kind, seen, rng))
+    for chart, kind in zip(charts, itertools.cycle(KNOWN_KINDS), strict=False):
         task = rng.random()
-        if task < 0.1:
-            text, response = "Describe the chart.", f"{chart.facts()}."
-        elif task < 0.3:
-            order = rng.permutation(list(seen)).tolist()
-            text, response = f"Describe {', '.join(order)}.", ", ".join(f"{n} {seen[n]}" for n in order) + "."
+        if task < 0.3:
+            question, response, answer = calculation_lesson(rng)
+        elif task < 0.51:
+            question, response, answer = description_lesson(chart, rng)
         else:
-            text, read = prompt.format(question=question), [f"{bar} {seen[bar]}" for bar in bars]
-            response = LESSONS[rng.integers(len(LESSONS))].format(**{
-                "and": " and ".join(read), "list": ", ".join(read), "working": working.format(**seen),
-                "goal": goal, "answer": answer})
+            question, response, answer = question_lesson(chart, kind, rng)
+            question = prompt.format(question=question)
+        if task < 0.3 or task >= 0.51:
             response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
-        yield Example(text, answer, chart.draw), response
+        yield Example(question, answer, chart.draw), response
+
+
+def calculation_lesson(rng: np.random.Generator) -> tuple[str, str, str]:
+    """Bare arithmetic, the chart beside it ignored: request, response, result."""
+    a, b = (1 + rng.integers(9, size=2)).tolist()
+    working, result = f"{a} + {b}", a + b
+    if a != b and rng.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        working, result = f"{a} - {b}", a - b
+    return f"Calculate {working}.", f"{working} = {result}.", str(result)
+
+
+def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Read some bars, in the order asked for: request, response, (no) result."""
+    if rng.random() < 1 / 3:
+        return "Describe the chart.", f"{chart.facts()}.", ""
+    bars = rng.permutation(list(chart.values)).tolist()[:rng.integers(1, 5)]
+    described = ", ".join(f"{bar} {chart.values[bar]}" for bar in bars)
+    return f"Describe {', '.join(bars)}.", f"{described}.", ""
+
+
+def question_lesson(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """A question of a known kind, reasoned through in one of the lessons' wordings."""
+    question, goal, answer, bars, working = ask(kind, chart.values, *two_bars(kind, chart.values, rng))
+    read = [f"{bar} {chart.values[bar]}" for bar in bars]
+    parts = {"and": " and ".join(read), "list": ", ".join(read), "goal": goal, "answer": answer,
+             "working": working.format(**chart.values)}
+    return question, LESSONS[rng.integers(len(LESSONS))].format(**parts), answer
 
 
 # ---- The toy's model: a tiny VLM of SmolVLM's architecture ----------------------------------------
@@ -170,7 +197,7 @@ def vocabulary(prompt: str) -> list[str]:
     examples = make_examples("train", "high")[:50]
     texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
     texts += [text for e in examples for text in (e.question, reference_response(e))]
-    texts += [text for e, response in lessons(0, 200, 0.5, prompt) for text in (e.question, response)]
+    texts += [text for e, response in lessons(0, 500, 0.5, prompt) for text in (e.question, response)]
     words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
     return SPECIAL_TOKENS + sorted(words)
 
