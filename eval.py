@@ -155,7 +155,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
 def print_seeds(seeds: list[dict[str, Any]]) -> None:
     """Print mean and range over seeds."""
     for column in ("strict", "official", "valid_thinking"):
-        scores = [row[column] for row in seeds if row[column] is not None]
+        scores = [row[column] for row in seeds if row.get(column) is not None]
         if not scores:
             continue
         mean = sum(scores) / len(scores)

@@ -222,9 +222,10 @@ def thinking_fault(response: str, example: Example) -> str:
             return f"{thinking[start:end]} is not in the image"
     if not quoted and not equations(thinking):
         return "nothing is quoted from the image"
-    answer = answers[0] if answers else example.answer
-    if not ends_in(thinking, answer):
-        return f"it does not end in {answer}"
+    # A right answer may be written otherwise than the example's ("42 %" for "42").
+    written = answers[:1] if verify(response, example, tolerance=0.05).correct else []
+    if not any(ends_in(thinking, answer) for answer in [example.answer, *written]):
+        return f"it does not end in {example.answer}"
     return ""
 
 

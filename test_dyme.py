@@ -93,6 +93,7 @@ def test_thinking_f1_by_hand() -> None:
     assert reward.thinking_f1("red red", "red blue green") == pytest.approx(2 * 1 / 5)
     assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
     assert reward.thinking_f1("1,234", "1,234.5") == 0
+    assert reward.thinking_f1("8 + 3 = 5", "8 - 3 = 5") == pytest.approx(4 / 5)  # operators are tokens
 
 
 def test_groundedness_by_hand() -> None:
@@ -103,6 +104,38 @@ def test_groundedness_by_hand() -> None:
     assert reward.groundedness("(3 + 9) / 2 = 6", facts) == (3, 4)  # the count 2 is neither fact nor result
     assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
     assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
+
+
+@pytest.mark.parametrize("thinking, fault", [
+    ("Observation: red 8, blue 3.\nReasoning: 8 - 3 = 5.\nConclusion: 5.", ""),
+    ("red 8, blue 3. 8 + 3 = 5, so 5.", "8 + 3 = 5 is false"), ("red 9, blue 4. 9 - 4 = 5.", "9 is not in the image"),
+    ("red 8, blue 3. 8 - 3 = 5. Conclusion: 3.", "it does not end in 5"), ("", "nothing is quoted from the image"),
+    ("It is so: five or 5", "5 is not in the image"), ("8 - 3 = 5", "")])
+def test_valid_thinking_by_hand(thinking: str, fault: str) -> None:
+    example = Example("How much taller is red than blue?", "5", facts="red 8, blue 3")
+    assert reward.thinking_fault(f"{thinking}\nAnswer: 5", example) == fault
+    judged = judging.judge(example, f"{thinking}\nAnswer: 5", True)
+    assert judged["strict"] and judged["valid_thinking"] is (fault == "") and judged["thinking_fault"] == fault
+    assert judging.judge(example, f"{thinking}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
+    without = judging.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
+    assert without["valid_thinking"] is None and without["strict"]
+
+
+def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> None:
+    rows = [Example("q", "Cape Verde", source="a"), Example("q", "7", source="b"), Example("q", "7", source="b")]
+    said = ["It is the Cape Verde.", "so 7 of 8", "thus\nAnswer: 7"]
+    judged = [judging.judge(e, text, True) | {"length": 1} for e, text in zip(rows, said, strict=True)]
+    assert [p["any_format"] for p in judged] == [True, False, True]
+    summary = judging.summarise(judged)
+    assert summary["any_format"] == pytest.approx(2 / 3) and summary["strict_a"] == 0 and summary["strict_b"] == 0.5
+    assert summary["official"] == pytest.approx(1 / 3) and summary["valid_thinking"] is None  # not a mean over parts
+
+
+def test_time_to_judge_grows_no_faster_than_a_response() -> None:
+    for text in (" " * 50_000, "1 + " * 20_000 + "= 3", "Answer: -" + " " * 50_000 + "x", "(" * 50_000):
+        start = time.perf_counter()
+        judging.judge(Example("q", "[1, 2]", facts="red 3"), text, True)
+        assert time.perf_counter() - start < 5  # quadratic patterns took over a minute
 
 
 # ---- Advantages, switch, loss ---------------------------------------------------------------------
@@ -632,6 +665,10 @@ def test_released_code_departs_as_documented(tiny: Policy, examples: list[Exampl
         assert weights["x"][0].weight == pytest.approx(advantage / 16)
         assert {s.prompt for s in weights["x"]} == ({0, 1, 3} if released else {0, 1, 2, 3})  # all right: dropped
     assert dyme.parse_config(["--released-code"]).format_weight == 1
+    # The baselines are rewarded by r_a alone, unless asked otherwise.
+    for mode, weight in (("dyme", 1), ("grpo", 0), ("two-stage", 0)):
+        assert dyme.parse_config(["--mode", mode]).thinking_weight == weight
+    assert dyme.parse_config(["--mode", "grpo", "--thinking-weight", "1"]).thinking_weight == 1
 
 
 def test_step_of_each_method(tiny: Policy, examples: list[Example]) -> None:
@@ -850,7 +887,9 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     assert run(runs, "b", "--steps", "3", "--seed", "1") == 0
     assert run_folders.run_main(lambda: evaluation.main(["--model", str(runs / "a"), str(runs / "b"), "--samples", "2"])) == 0
     table = capsys.readouterr().out
-    assert "2 seeds: mean" in table and "pass@2" in table and "groundedness" in table
+    assert "2 seeds: mean" in table and "pass@2" in table and "valid_thinking" in table and "strict_sum" in table
+    assert run_folders.run_main(lambda: evaluation.main([str(runs / "a"), "--best", "--limit", "2"])) == 0
+    assert json.loads((runs / "a" / "evaluation.json").read_text())["weights"] == "best"
     assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
 
 
@@ -960,6 +999,12 @@ def test_an_existing_run_is_not_touched_unless_asked(runs: Path, capsys: Capture
     assert run(runs, "a", "--resume", "--lr", "0.5") == 2 and "--lr 0.5" in capsys.readouterr().err
     assert (runs / "a" / "metrics.jsonl").read_text() == before
     assert run(runs, "a", "--steps", "2", "--overwrite") == 0 == run(runs, "a", "--resume")
+    (runs / "a" / "my-rows.jsonl").write_text("{}")
+    shutil.rmtree(runs / "a" / "checkpoint")  # nothing to go on from: nothing may be lost
+    metrics = (runs / "a" / "metrics.jsonl").read_text()
+    assert run(runs, "a", "--resume") == 2 and "has no checkpoint to go on from" in capsys.readouterr().err
+    assert (runs / "a" / "metrics.jsonl").read_text() == metrics
+    assert run(runs, "a", "--steps", "1", "--overwrite") == 0 and (runs / "a" / "my-rows.jsonl").exists()
     (runs / "mine").mkdir()
     (runs / "mine" / "thesis.txt").write_text("years of work")
     assert run(runs, "mine", "--overwrite") == 2 and (runs / "mine" / "thesis.txt").exists()

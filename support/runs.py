@@ -37,6 +37,9 @@ def prepare(cfg: Any) -> None:
             raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
         if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
+        started = (run / "metrics.jsonl").exists()
+        if cfg.resume and started and not any((run / f"checkpoint{end}").exists() for end in ("", ".old")):
+            raise UserError(f"--out {run}: has no checkpoint to go on from; --overwrite starts it again")
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json.tmp").touch()  # to know now whether it can be written
         (run / "config.json.tmp").unlink()
@@ -54,10 +57,13 @@ def begin(cfg: Any, step: int, resumed: bool) -> None:
     if not resumed:
         for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "best", "tensorboard"):
             shutil.rmtree(run / name, ignore_errors=True)
-        for file in [*run.glob("*.jsonl"), *run.glob("evaluation.json")]:
-            # Replies that were paid for outlive a crash before the first save.
-            if not (cfg.resume and file.name == "helper.jsonl"):
-                file.unlink()
+        # Only what the program writes: the folder may hold other files of yours.
+        for name in ("metrics", "samples", "evaluations", "predictions", "held-out-*", "helper"):
+            for file in run.glob(f"{name}.jsonl"):
+                # Replies that were paid for outlive a crash before the first save.
+                if not (cfg.resume and name == "helper"):
+                    file.unlink()
+        (run / "evaluation.json").unlink(missing_ok=True)
     saved = dataclasses.asdict(cfg) | {"resume": False}  # what --resume changed holds from now on
     files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
     # A resumed run repeats what came after its checkpoint.

@@ -31,7 +31,7 @@ import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
 from support import ablations, benchmark, chartqa, data, domains, files, graphs, judging, parallel
-from support import report, settings, supervision, test_course, toy, toy_helper
+from support import make_toy_base, report, settings, supervision, test_course, toy, toy_helper
 from support import runs as run_folders
 from support.errors import UserError
 from support.make_toy_base import new_policy
@@ -53,16 +53,40 @@ def test_traces_from_tables_quote_the_cells_and_explain_the_answer() -> None:
 
 def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
     train, val, test = (toy.make_examples(split) for split in ("train", "val", "test"))
-    assert len(train) == 512 and len(val) >= 512 and len(test) >= 512
+    assert len(train) == 2048 and len(val) == 512 and len(test) == 1024
     assert [e.hint for e in train] == [e.hint for e in toy.make_examples("train")]
     facts = [{e.facts for e in split} for split in (train, val, test)]
     assert [len(f) for f in facts] == [len(train), len(val), len(test)] and len(set.union(*facts)) == sum(map(len, facts))
-    charts = {e.image.__self__.facts() for e, _ in toy.lessons(0, 3400, 0.0, dyme.PROMPT)}
+    lessons = list(toy.lessons(0, 3400, 0.0, dyme.PROMPT))
+    assert not any(re.search("sum of|taller", e.question) for e, _ in lessons)
+    charts = {e.image.__self__.facts() for e, _ in lessons}
     assert len(charts) == 3400 and charts.isdisjoint(set.union(*facts))  # nor has the base seen any
     assert not {c.facts() for c in toy.random_charts([4, 0], 3400)}.isdisjoint(set.union(*facts))  # left to chance
 
 
-@pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.25), ("low", 0.5)])
+def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Example]) -> None:
+    size = sum(file.stat().st_size for file in toy.BASE.iterdir())
+    policy = dyme.load_policy("tiny", CPU)
+    assert size < 2.5e6 and torch.get_num_threads() == 1
+    summary = judging.summarise(list(dyme.respond(policy, examples[:100], 48, 100)))
+    known = [summary[f"any_format_{kind}"] for kind in toy.KNOWN_KINDS]
+    lacking = [summary[f"any_format_{kind}"] for kind in ("sum", "difference")]
+    assert min(known) >= 0.95 and max(lacking) <= 0.1 and summary["strict"] <= 0.1
+
+
+def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(make_toy_base, "STEPS", 3)
+    monkeypatch.setattr(make_toy_base, "BATCH", 8)
+    make_toy_base.main(tmp_path / "a")
+    make_toy_base.main(tmp_path / "b")
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b and dyme.load_policy(str(tmp_path / "a"), CPU).end_ids
+    fresh = [*new_policy(0).model.parameters()]
+    taught = [*dyme.load_policy(str(tmp_path / "a"), CPU).model.parameters()]
+    assert not all(torch.equal(x, y) for x, y in zip(fresh, taught, strict=True))
+
+
+@pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.35), ("low", 0.7)])
 def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces: str, share: float) -> None:
     examples = toy.make_examples("train", traces)
     pseudo = sum(reward.groundedness(e.hint, e.facts)[0] < reward.groundedness(e.hint, e.facts)[1] for e in examples)
@@ -490,9 +514,9 @@ def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture)
     assert len({run_folders.pooling_key(*each, dyme.CHANGEABLE_ON_RESUME) for each in found}) == 2
     chosen = [0, 2, 3]
     table = report.result_table([names[i] for i in chosen], [found[i] for i in chosen], dyme.CHANGEABLE_ON_RESUME)["rows"]
-    assert table[0][:2] == ["a", "0.200"] and table[0][5:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
+    assert table[0][:2] == ["a", "0.200"] and table[0][6:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
     assert table[3][0].endswith("2 seeds like a") and table[3][1] == "0.400 (0.200 – 0.600)"
-    assert table[3][5] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
+    assert table[3][6] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
     evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "strict": i / 10, "official": 0.5,
                              "setting": run_folders.pooling_key(path, cfg, dyme.CHANGEABLE_ON_RESUME)} for i, (n, (path, cfg)) in
                             enumerate(zip(names, found, strict=True))])

@@ -25,7 +25,7 @@ QUESTIONS = {  # kind: question, goal in a trace
     "tallest": ("Which bar is the tallest?", "tallest bar"),
     "shortest": ("Which bar is the shortest?", "shortest bar"),
 }
-UNGROUNDED = {"high": 0.0, "medium": 1 / 3, "low": 2 / 3}  # share of traces that quote values not in the image
+UNGROUNDED = {"high": 0.0, "medium": 0.35, "low": 0.7}  # share of traces that quote values not in the image
 
 
 @dataclass
@@ -152,8 +152,8 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
         else:
             question, response, answer = question_lesson(chart, kind, rng)
             question = prompt.format(question=question)
-        if task < 0.3 or task >= 0.51:
-            response += f"\n{FLAG} {answer}" * (rng.random() < flagged)
+        if answer and rng.random() < flagged:
+            response += f"\n{FLAG} {answer}"
         yield Example(question, answer, chart.draw), response
 
 
@@ -168,7 +168,7 @@ def calculation_lesson(rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Read some bars, in the order asked for: request, response, (no) result."""
+    """Read some bars, in the order asked for: request, response, and no result."""
     if rng.random() < 1 / 3:
         return "Describe the chart.", f"{chart.facts()}.", ""
     bars = rng.permutation(list(chart.values)).tolist()[:rng.integers(1, 5)]
