@@ -54,10 +54,10 @@ class Config:
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     # Steps
     steps: int = 600  # optimisation steps
-    epochs: float = 0.0  # passes over the data at --prompts a step; if above 0, it sets --steps
-    prompts: int = 8  # prompts in an optimisation step (sft takes prompts x generations targets)
+    epochs: float = 0.0  # passes over the data at --prompts a step; sets --steps
+    prompts: int = 8  # prompts in a step (sft: prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
-    micro_batch: int = 64  # prompts per forward pass: lower saves memory, the gradient is the same
+    micro_batch: int = 64  # prompts per forward pass; less saves memory, same gradient
     # Rollouts
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
@@ -66,14 +66,14 @@ class Config:
     sft_steps: int = 150  # two-stage: steps of SFT before GRPO
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
-    thinking_weight: float = 1.0  # w_t, weight of the thinking reward r_t (grpo, two-stage: 0)
+    thinking_weight: float = 1.0  # w_t, weight of r_t (grpo, two-stage: 0)
     format_weight: float = 0.0  # w_f, weight of the format reward r_f (the paper has none)
-    beta: float = 0.0  # weight of the KL term of grpo and two-stage (Eq. 3); loads the model twice
+    beta: float = 0.0  # weight of KL in grpo and two-stage (Eq. 3); loads the model twice
     released_code: bool = False  # do as the authors' release where it departs from the paper
     # Visual supervision
     helper_url: str = ""  # Full DyME: an OpenAI-compatible server, as http://127.0.0.1:8000/v1
     helper_model: str = ""  # the model to ask for there
-    helper_key_env: str = ""  # the environment variable that holds the key, if the server wants one
+    helper_key_env: str = ""  # the environment variable that holds its key, if it wants one
     helper_concurrency: int = 8  # requests at a time
     no_checker: bool = False  # keep the static r_t: the helper only refines
     no_refiner: bool = False  # keep the static traces: the helper only checks
@@ -86,7 +86,7 @@ class Config:
     vision_cache: float = 0.0  # GiB in which to keep the frozen tower's output for later epochs
     train_vision: bool = False  # train the vision tower too (frozen in the release)
     # Run
-    eval_every: int = 150  # steps between evaluations on held-out rows (0: only before and after)
+    eval_every: int = 150  # steps between evaluations (0: only before and after)
     eval_rows: int = 512  # held-out rows in an evaluation
     save_every: int = 100  # steps between checkpoints (0: only at the end)
     tensorboard: bool = False  # also write metrics for TensorBoard, into the run folder
@@ -96,10 +96,8 @@ class Config:
 
 
 # As in the release's main configuration (K = 8 as well). Warm-up is our addition.
-REAL = {
-    "epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300, "warmup": 50,
-    "sft_steps": 500, "eval_rows": 200,
-}
+REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300,
+        "warmup": 50, "sft_steps": 500, "eval_rows": 200}
 LEARNING_RATES = {
     "toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 1e-4, "sft": 1e-4},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
@@ -119,14 +117,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(argv))
 
     preset = "toy" if given.get("data", Config.data) == "toy" else "real"
-    defaults = dict(REAL) if preset == "real" else {}
-    if "steps" in given:
-        defaults["epochs"] = 0.0
-    if given.get("mode") in ("grpo", "two-stage"):
-        # r_t is DyME's: the paper rewards the baselines by r_a alone.
-        defaults["thinking_weight"] = 0.0
-    if "released_code" in given:
-        defaults["format_weight"] = 1.0
+    defaults = (REAL if preset == "real" else {}) | settings.implied(given)
     cfg = Config(**(defaults | given))
     cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
     name = f"{Path(cfg.model).name}-{data.name_of(cfg.data)}-{cfg.mode}-s{cfg.seed}"
@@ -223,10 +214,8 @@ def make_policy(model: Model, processor: Any, device: torch.device, image_edge: 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
 
-PROMPT = (
-    "Think step by step about the question below, "
-    'then write "Answer: .." and your answer.\n\n{question}'
-)
+PROMPT = ("Think step by step about the question below, "
+          'then write "Answer: .." and your answer.\n\n{question}')
 
 
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
@@ -967,8 +956,8 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
     """Judged answers to rows: a greedy one each, or so many `draws`."""
     K = draws or 1
     hidden = True if len(examples) <= batch or not parallel.is_main() else None
-    starts = range(0, len(examples), batch)
-    for start in tqdm(starts, "answering", ncols=80, leave=False, disable=hidden):
+    bar = tqdm(range(0, len(examples), batch), "answering", ncols=80, leave=False, disable=hidden)
+    for start in bar:
         part = examples[start:start + batch]
         inputs = encode_prompts(policy, part, max_new_tokens)
         uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
@@ -1027,8 +1016,8 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
-    path = run / "checkpoint" / "training_state.pt"
-    state = torch.load(path, trainer.policy.device, weights_only=True)
+    file = run / "checkpoint" / "training_state.pt"
+    state = torch.load(file, trainer.policy.device, weights_only=True)
     trainer.optimizer.load_state_dict(state["optimizer"])
     # A run may go on with another precision.
     if state["scaler"] and trainer.scaler.is_enabled():

@@ -973,7 +973,8 @@ def test_vote_by_hand() -> None:
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--bogus"], "--bogus"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
+    (["--bogus"], "--bogus"), (["--temperatur", "1"], "did you mean --temperature?"),
+    (["--model", "SmolVLM-256M"], "--model SmolVLM-256M: say with --data"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
     (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "a/x"], "missing.json"),
     (["--data", "chartqa", "--model", "SmolVLM-265M"], "--model SmolVLM-265M: no such folder"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
@@ -982,7 +983,7 @@ def test_vote_by_hand() -> None:
     (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--mode", "two-stage", "--sft-steps", "9", "--steps", "9"], "--sft-steps 9"), (["--prompts", "x"], "--prompts"),
     (["--model", "tiny", "--data", "chartqa"], "--data chartqa"), (["--temperature", "0"], "--temperature"),
-    (["--model", "nowhere/nothing", "--steps", "1"], "--model nowhere/nothing"),
+    (["--model", "nowhere/nothing", "--data", "toy", "--steps", "1"], "--model nowhere/nothing"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(runs: Path, flags: list[str], says: str, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network

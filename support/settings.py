@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
@@ -20,6 +21,10 @@ def one_line_parser(description: str) -> argparse.ArgumentParser:
     """A command-line parser that raises UserError instead of printing its usage."""
 
     def error(message: str) -> None:
+        for word in re.findall(r"--[\w-]+", message):
+            near = difflib.get_close_matches(word, parser._option_string_actions)
+            if near and near[0] != word:
+                message += f"; did you mean {near[0]}?"
         raise UserError(f"{message} (--help shows all flags)")
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -64,6 +69,21 @@ def add_flag(group: Any, field: dataclasses.Field, comment: str, choices: dict[s
         options["type"] = field.type
         options["metavar"] = {str: "X", int: "N", float: "F"}[field.type]
     group.add_argument(flag(field.name), **options)
+
+
+def implied(given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that follow from other flags. Raises UserError for a model without data to train on."""
+    if given.get("model", "tiny") != "tiny" and not given.keys() & {"data", "resume"}:
+        raise UserError(f"--model {given['model']}: say with --data what to train it on")
+    defaults: dict[str, Any] = {}
+    if "steps" in given:
+        defaults["epochs"] = 0.0
+    if given.get("mode") in ("grpo", "two-stage"):
+        # r_t is DyME's: the paper rewards the baselines by r_a alone.
+        defaults["thinking_weight"] = 0.0
+    if "released_code" in given:
+        defaults["format_weight"] = 1.0
+    return defaults
 
 
 def flag(name: str) -> str:
