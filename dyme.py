@@ -48,8 +48,8 @@ class Config:
     """All settings of a run, with the toy's values; `REAL` is for other data."""
 
     # What to train
-    model: str = "tiny"  # tiny, a short name (SmolVLM-256M, ...), a hub id or a local directory
-    data: str = "toy"  # toy, chartqa (or its folder or zip), DOMAIN:FOLDER, or your own rows (.jsonl)
+    model: str = "tiny"  # tiny, a short name (SmolVLM-256M, ...), a hub id or a directory
+    data: str = "toy"  # toy, chartqa (or its folder or zip), DOMAIN:FOLDER, own rows (.jsonl)
     mode: str = "dyme"  # dyme, or a baseline on the same path: sft, grpo, two-stage
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     # Steps
@@ -82,8 +82,8 @@ class Config:
     traces: str = "low"  # toy: quality of the thinking traces: high, medium, low (ungrounded)
     hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
     augmented: bool = False  # chartqa: train on the machine-written questions too
-    image_edge: int = 0  # longest image edge in pixels (0: the processor's own); less is fewer tiles
-    vision_cache: float = 0.0  # GiB in which to keep the frozen tower's output for later epochs
+    image_edge: int = 0  # longest image edge in pixels (0: the processor's own)
+    vision_cache: float = 0.0  # GiB to keep the frozen tower's output in for later epochs
     train_vision: bool = False  # train the vision tower too (frozen in the release)
     # Run
     eval_every: int = 150  # steps between evaluations (0: only before and after)
@@ -309,7 +309,7 @@ class Prefix:
     """Prompts that have been through the model: all that their continuations need."""
 
     cache: Any  # keys and values, batch P
-    hidden: Tensor  # (P, D), the last hidden state: what predicts the first token of a response
+    hidden: Tensor  # (P, D) the last state, which predicts a response's first token
     mask: Tensor  # (P, L) 1 for real tokens, 0 for the padding on the left
     position: Tensor  # (P, 1) of the next token; (3, P, 1) in Qwen-VL
 
@@ -447,7 +447,7 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
 class Decoder:
     """K responses to each of P prompts, a token at a time; N = P*K responses of up to T tokens.
 
-    Every buffer is written in place, so that a step can be recorded as a CUDA graph and replayed.
+    Every buffer is written in place, so that a step can be recorded as a CUDA graph.
     """
 
     def __init__(self, model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int],
@@ -616,11 +616,11 @@ def choose_mode(correct: Tensor) -> Tensor:
 
 @dataclass
 class Sequence:
-    """A response to train on: a sampled one, or a target, as one with advantage 1 (Eq. 4-5)."""
+    """A response to train on: sampled, or a target, which has advantage 1 (Eq. 4-5)."""
 
     prompt: int  # its prompt's place among those of this process
     ids: list[int]
-    weight: float  # its factor in the loss: A / (K P) for a sampled response, 1 / P for a target
+    weight: float  # its factor in the loss: A / (K P) if sampled, 1 / P for a target
     explore: bool  # was it sampled?
     kl_weight: float = 0.0  # factor of its KL to the reference policy: beta / (K P)
 
@@ -800,7 +800,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
     if rule != "any-correct":  # those of Table 1b
         highest = 1 + cfg.thinking_weight + cfg.format_weight
         explore = ablations.choose_mode(rule, groups.rewards, highest)
-    if trainer.helper:  # Full DyME: ratings replace r_t, and traces to be memorized are rewritten
+    if trainer.helper:  # Full DyME: it rates what explores, and rewrites other traces
         memorize = ~explore | (rule == "anneal")
         groups, examples = trainer.helper.supervise(groups, examples, explore, memorize)
     advantages = group_advantages(groups.rewards)  # Eq. 2, (p, K)
@@ -968,7 +968,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
-    """Answer held-out rows greedily, into `held-out-STEP.jsonl`; keep the best weights so far."""
+    """Answer held-out rows greedily, log it, and keep the best weights so far."""
     cfg, own = trainer.cfg, parallel.share(len(held_out))
     with parallel.errors_shared():
         part = held_out[own.start:own.stop]

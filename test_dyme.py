@@ -876,7 +876,7 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     out, log = capsys.readouterr()
     lines = [line for line in log.splitlines() if line.startswith("dyme ")]  # one per step, as it is no terminal
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"] and all(len(line) <= 80 for line in lines)
-    assert "before" in out and f"python eval.py --model {runs / 'a'}" in out
+    assert "before" in out and f"python eval.py {runs / 'a'}" in out
     metrics, samples = (files.read_jsonl(runs / "a" / f"{name}.jsonl") for name in ("metrics", "samples"))
     wanted = {"loss", "reward", "reward_thinking", "reward_format", "accuracy", "truncated", "memorized", "no_variance",
               "entropy", "grad_norm", "lr", "response_length", "seconds_sampling", "seconds_scoring", "seconds_update",
