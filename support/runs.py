@@ -82,8 +82,8 @@ def print_start(cfg: Any, device: Any, training: int, held_out: int, step: int) 
     """Say what begins."""
     if parallel.is_main():
         begins = "going on" if cfg.resume and step else "starting"
-        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
-              f"{begins} at step {step} of {cfg.steps}")
+        where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
+        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; {where}")
 
 
 def print_stopped(run: Path) -> None:
