@@ -888,9 +888,9 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     assert run_folders.run_main(lambda: evaluation.main(["--model", str(runs / "a"), str(runs / "b"), "--samples", "2"])) == 0
     table = capsys.readouterr().out
     assert "2 seeds: mean" in table and "pass@2" in table and "valid_thinking" in table and "strict_sum" in table
+    assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
     assert run_folders.run_main(lambda: evaluation.main([str(runs / "a"), "--best", "--limit", "2"])) == 0
     assert json.loads((runs / "a" / "evaluation.json").read_text())["weights"] == "best"
-    assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
 
 
 # ---- Several processes ----------------------------------------------------------------------------

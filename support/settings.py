@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def build_parser(settings: type, description: str, choices: dict[str, Iterable[s
     parser = one_line_parser(description)
     group: Any = parser
     defaults = {f.name: f for f in dataclasses.fields(settings)}
-    for line in inspect.getsource(settings).splitlines():
+    for line in textwrap.dedent(inspect.getsource(settings)).splitlines():
         title = re.fullmatch(r"    # (.*)", line)
         if title:
             group = parser.add_argument_group(title[1])
