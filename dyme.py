@@ -30,11 +30,10 @@ import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import ablations, data, feed, files, graphs, judging, metrics, models, parallel, rows
-from support import runs, samples, settings, supervision, toy, vision
+from support import ablations, attention, cache, data, feed, files, graphs, judging, metrics, models
+from support import parallel, rows, runs, samples, settings, supervision, toy, vision
 from support.errors import DivergedError, UserError
 
 Model = torch.nn.Module
@@ -207,6 +206,7 @@ def make_policy(model: Model, processor: Any, device: torch.device, image_edge: 
         raise UserError(f"{name}: neither tokenizer, config nor chat template names an end token")
     pad_id = tokenizer.pad_token_id
     pad_id = min(end_ids) if pad_id is None else pad_id
+    attention.use_grouped(model)
     # eval() for good: with dropout in the update, responses would be trained under another
     # distribution than the one they were sampled from.
     return Policy(model.eval(), processor, sorted(end_ids), pad_id, device, image_edge)
@@ -326,7 +326,7 @@ def encode_prefix(model: Model, inputs: Inputs) -> Prefix:
     position = torch.full_like(mask[:, :1], mask.shape[1])  # (P, 1)
     if base.rope_deltas is not None:
         position = (mask.sum(1, keepdim=True) + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
-    return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask, position)
+    return Prefix(out.cache, out.last_hidden_state[:, -1], mask, position)
 
 
 def repeat_prompts(prefix: Prefix, prompts: Tensor) -> Prefix:
@@ -347,10 +347,12 @@ def extend(model: Model, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: 
     # So K responses share one copy of their prompt's keys and values, when sampling and in the
     # update. Repeating the prompt K times would take K times its memory and time.
     prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # (P, 1, Q, L)
-    mask = torch.cat([prompt, visible[:, None]], dim=3)  # (P, 1, Q, L + Q')
+    visible = torch.cat([prompt, visible[:, None]], dim=3)  # (P, 1, Q, L + Q')
+    config, dtype = model.config.get_text_config(), prefix.hidden.dtype
+    mask = attention.additive_mask(visible, config, dtype)  # (P, 1, H/G Q, L + Q')
     out = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=prefix.position + offsets,
-        past_key_values=prefix.cache, use_cache=True)
+        cache=prefix.cache, use_cache=True)
     return out.last_hidden_state
 
 
@@ -401,47 +403,16 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return token.clamp(max=logits.shape[1] - 1), entropy
 
 
-class Slots(DynamicLayer):
-    """A layer's keys and values while decoding: the prompts', then room for new tokens.
-
-    They are written in place: a cache that grows is copied for every token, and a CUDA graph is
-    bound to its addresses.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int, slots: Tensor) -> None:
-        super().__init__()
-        dtype = keys.dtype
-        if torch.is_autocast_enabled(keys.device.type):
-            # Keys come in float32 (from the rotary embedding), values in half precision.
-            dtype = torch.get_autocast_dtype(keys.device.type)
-        self.keys = F.pad(keys.to(dtype), (0, 0, 0, room))  # (P, H, L + room, D)
-        self.values = F.pad(values.to(dtype), (0, 0, 0, room))
-        self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write `keys, values: (P, H, K, D)` of the new tokens; all keys and values so far."""
-        self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.slots, values.to(self.values.dtype))
-        return self.keys, self.values
-
-
-def pad_and_stack(tensors: Iterable[Tensor], length: int) -> Tensor:
-    """Concatenate batches; their second to last dimension is padded left to `length`."""
-    return torch.cat([F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in tensors])
-
-
 def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
     """Put prompts of several micro-batches side by side, with `room` for new tokens."""
     longest = max(prefix.mask.shape[1] for prefix in prefixes)
-    layers = []
-    for same_layer in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):
-        keys = pad_and_stack([layer.keys for layer in same_layer], longest)
-        values = pad_and_stack([layer.values for layer in same_layer], longest)
-        layers.append(Slots(keys, values, room, slots))
-    mask = pad_and_stack([prefix.mask[..., None] for prefix in prefixes], longest).squeeze(-1)
+    kept = cache.merge([prefix.cache for prefix in prefixes], longest, room, slots)
+    masks = []
+    for prefix in prefixes:  # padding is on the left
+        masks.append(F.pad(prefix.mask, (longest - prefix.mask.shape[1], 0)))
     hidden = torch.cat([prefix.hidden for prefix in prefixes])
     position = torch.cat([prefix.position for prefix in prefixes], dim=-2)
-    return Prefix(Cache(layers=layers), hidden, mask, position)
+    return Prefix(kept, hidden, torch.cat(masks), position)
 
 
 class Decoder:
@@ -463,10 +434,10 @@ class Decoder:
         # take `columns`; in the cache these are `slots`, after the prompt. The last token is
         # never fed back.
         room = self.K * (T - 1)
-        longest = max(prefix.mask.shape[1] for prefix in prefixes)
+        self.longest = max(prefix.mask.shape[1] for prefix in prefixes)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.columns = torch.arange(self.K, device=device)
-        self.slots = self.columns + longest
+        self.slots = self.columns + self.longest
         self.prefix = merge(prefixes, room, self.slots)
         self.visible = torch.zeros(self.P, self.K, room, dtype=torch.bool, device=device)
         self.itself = torch.eye(self.K, dtype=torch.bool, device=device).expand(self.P, -1, -1)
@@ -476,6 +447,12 @@ class Decoder:
         self.entropy = torch.zeros(N, T, device=device)
         self.alive = torch.ones(N, dtype=torch.bool, device=device)
         self.logits = next_logits(model, self.prefix.hidden).repeat_interleave(self.K, 0)  # (N, V)
+
+    def widen(self, tokens: int) -> None:
+        """Attend to the room of the first so many tokens of each response: the rest is empty yet."""
+        self.open = min(self.K * tokens, self.visible.shape[2])
+        for layer in self.prefix.cache.layers:
+            layer.end = self.longest + self.open
 
     def choose(self) -> None:
         """Draw token t of every response; those that have ended get padding."""
@@ -493,7 +470,8 @@ class Decoder:
         self.visible.index_copy_(2, self.columns, self.itself)
         tokens = self.ids.index_select(1, self.t).view(self.P, self.K)
         offsets = self.t.expand(self.P, self.K)
-        hidden = extend(self.model, self.prefix, tokens, offsets, self.visible)  # (P, K, D)
+        visible = self.visible[:, :, :self.open]
+        hidden = extend(self.model, self.prefix, tokens, offsets, visible)  # (P, K, D)
         self.logits.copy_(next_logits(self.model, hidden.flatten(0, 1)))
         self.t.add_(1)
         self.columns.add_(self.K)
@@ -507,14 +485,19 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
     """Sample K = N / P responses to each of P prompts; `uniforms: (N, T)`."""
     decoder = Decoder(model, prefixes, uniforms, end_ids, pad_id, temperature)
     step, on_cuda = decoder.step, uniforms.is_cuda
+    block = 128 if on_cuda else 1  # tokens for which attention is widened at a time
     decoder.choose()  # the first token is predicted by the prompt itself
     for i in range(1, uniforms.shape[1]):
-        # To ask whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
+        # Asking whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
         if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
             break
-        # Two plain steps come first: they warm up, and cast the weights.
-        if i == 3 and on_cuda:
-            step = graphs.capture(model, step)
+        widens = (i - 1) % block == 0
+        if widens:
+            decoder.widen(i - 1 + block)
+        # A graph is bound to its shapes: one for each width. The first two steps run plainly: they
+        # warm up, and cast the weights.
+        if on_cuda and (i == 3 or (widens and i > 3)):
+            step = graphs.capture(model, decoder.step)
         step()
     T = int(decoder.mask.sum(1).max())
     return Rollout(decoder.ids[:, :T], decoder.mask[:, :T], ~decoder.alive, decoder.entropy[:, :T])

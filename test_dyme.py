@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ import eval as evaluation
 import reward
 from dyme import Config, Policy, Sequence
 from reward import Example, verify
-from support import ablations, data, files, judging, metrics, samples, toy, vision
+from support import ablations, attention, cache, data, files, judging, metrics, samples, toy, vision
 from support import runs as run_folders
 from support.errors import DivergedError, UserError
 from support.make_toy_base import new_policy
@@ -213,7 +214,9 @@ def tiny_family(family: str) -> torch.nn.Module:
                         "text_config": TEXT | {"model_type": "llama"}, "pad_token_id": 0}
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
+    attention.use_grouped(model)
+    return model
 
 
 def family_inputs(family: str, text: list[int], seed: int) -> dict[str, Tensor]:
@@ -250,7 +253,10 @@ def plain_logprobs(model: torch.nn.Module, row: dict[str, Tensor], ids: Tensor, 
     x["attention_mask"] = torch.ones_like(x["input_ids"])
     if "mm_token_type_ids" in x:
         x["mm_token_type_ids"] = F.pad(x["mm_token_type_ids"], (0, len(ids)))
+    config = model.config.get_text_config()
+    config._attn_implementation = "sdpa"  # transformers' own attention
     logits = model(**x, use_cache=False).logits[0, length - 1:-1] / temperature
+    config._attn_implementation = "grouped"
     return F.log_softmax(logits, -1).gather(1, ids[:, None]).squeeze(1)
 
 
@@ -435,6 +441,49 @@ def test_sampled_logprobs_and_entropy_are_a_fresh_forwards(tiny: Policy, example
         logprobs, _ = dyme.completion_logprobs(tiny.model, dyme.encode_prefix(tiny.model, inputs), [i // 4], [row],
                                                torch.tensor([0.7]))
         assert torch.allclose(logprobs[0], logits.log_softmax(-1).gather(1, sampled.T).squeeze(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouped_attention_is_transformers_own(family: str, dtype: torch.dtype | None) -> None:
+    results = []
+    for implementation in ("grouped", "sdpa"):
+        model = tiny_family(family)
+        model = model if dtype is None else model.float()
+        rows = [family_inputs(family, [10, 11, 12], 1), family_inputs(family, [13, 14, 15, 16, 17, 18], 2)]
+        inputs = {k: x.to(model.dtype) if x.is_floating_point() else x for k, x in pad_batch(rows).items()}
+        model.config.get_text_config()._attn_implementation = implementation
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            hidden = model.base_model(**inputs).last_hidden_state[inputs["attention_mask"] == 1]
+        (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append((hidden.detach().float().flatten(), torch.cat(gradients)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < (1e-6 if dtype is None else 0.02) * theirs.norm()
+
+
+def test_an_additive_mask_has_a_row_for_each_head_of_a_group_and_aligned_rows() -> None:
+    visible = torch.tensor([[True, False, True], [True, True, False]])[None, None]  # (1, 1, Q = 2, S = 3)
+    mask = attention.additive_mask(visible, SimpleNamespace(num_attention_heads=6, num_key_value_heads=2))
+    assert mask.shape == (1, 1, 6, 3) and mask.stride(2) == 8  # H/G = 3 times both rows
+    assert torch.equal(mask[0, 0] == 0, visible[0, 0].repeat(3, 1)) and mask.min() == torch.finfo(torch.float32).min
+
+
+def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(tiny: Policy, examples: list[Example]) -> None:
+    batches = [dyme.encode_prompts(tiny, examples[i:i + 2], room=8) for i in (0, 2)]
+    with torch.no_grad():
+        prefixes = [dyme.encode_prefix(tiny.model, batch) for batch in batches]
+    copies = [weakref.ref(x) for p in prefixes for layer in p.cache.layers for x in (layer.keys, layer.values)]
+    alive = []
+
+    def count(*_: Any) -> None:
+        alive.append(sum(copy() is not None for copy in copies))
+
+    hook = tiny.model.base_model.register_forward_pre_hook(count)
+    with torch.no_grad():
+        dyme.sample(tiny.model, prefixes, torch.rand(8, 8), [-1], 0, 1.0)
+    hook.remove()
+    assert len(copies) == 12 and alive == [0] * 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

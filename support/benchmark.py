@@ -104,7 +104,7 @@ def time_sampling(policy: Policy) -> Counter[str]:
 
     def hook(name: str, sign: int) -> Callable[..., None]:
         def count(_: Any, __: Any, kwargs: dict[str, Any], *___: Any) -> None:
-            if not torch.is_grad_enabled() and "past_key_values" not in kwargs:  # else update, or decoding
+            if not torch.is_grad_enabled() and "cache" not in kwargs:  # else update, or decoding
                 spent[name] += sign * seconds(policy.device)
         return count
 

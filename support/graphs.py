@@ -1,5 +1,6 @@
 """CUDA graphs: a step of decoding is recorded once and replayed, instead of launching every kernel."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,20 +9,39 @@ import torch
 from tqdm import tqdm
 
 
+@functools.cache
+def side_stream(device: int) -> tuple[Any, Any]:
+    """The stream on which a device's graphs are recorded, and the memory pool that they share."""
+    # torch.cuda.graph() would wait for the device and empty the allocator's cache at every recording.
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+
 def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step, which must read and write fixed tensors alone; what to call in its place."""
+    """Record a step, which must read and write fixed tensors alone; what to call in its place.
+
+    If that fails, the step itself, now and ever after. Raises torch.OutOfMemoryError as such.
+    """
     if hasattr(model, "uncapturable"):  # it failed before, and would fail again
         return step
     graph = torch.cuda.CUDAGraph()
+    stream, pool = side_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
     try:
-        # Other threads, which prepare the next step's images, go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
+        with torch.cuda.stream(stream):
+            # Other threads, which prepare the next step's images, go on meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
     except RuntimeError as error:
-        # The failed capture's stream is still in use.
-        torch.cuda.set_stream(torch.cuda.default_stream())
+        # Where the step fails, ending the recording fails too: the first error is the cause.
+        cause = error.__context__ or error
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None  # a matter of memory, not of graphs
         model.uncapturable = True
-        cause = str(error).splitlines()[0]
-        tqdm.write(f"decoding without a CUDA graph, slowly: {cause}", file=sys.stderr)
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
+        tqdm.write(f"decoding without a CUDA graph, slowly: {reason}", file=sys.stderr)
         return step
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
