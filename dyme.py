@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import ablations, attention, cache, data, feed, files, graphs, judging, metrics, models
-from support import parallel, rows, runs, samples, settings, supervision, toy, vision
+from support import ablations, attention, cache, data, feed, files, graphs, judging, memory, metrics
+from support import models, parallel, rows, runs, samples, settings, supervision, toy, vision
 from support.errors import DivergedError, UserError
 
 Model = torch.nn.Module
@@ -56,7 +56,7 @@ class Config:
     epochs: float = 0.0  # passes over the data at --prompts a step; sets --steps
     prompts: int = 8  # prompts in a step (sft: prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
-    micro_batch: int = 64  # prompts per forward pass; less saves memory, same gradient
+    micro_batch: int = 64  # prompts per forward pass; less saves memory, same gradient (0: measure)
     # Rollouts
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
@@ -95,7 +95,7 @@ class Config:
 
 
 # As in the release's main configuration (K = 8 as well). Warm-up is our addition.
-REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 2, "max_new_tokens": 300,
+REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300,
         "warmup": 50, "sft_steps": 500, "eval_rows": 200}
 LEARNING_RATES = {
     "toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 5e-4, "sft": 2e-4},
@@ -298,7 +298,20 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
             raise UserError(
                 f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
                 f"model's context of {limit}; lower --image-edge or --max-new-tokens")
-    return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+    if "pixel_attention_mask" in inputs:  # as int64 it is nearly as large as the images
+        inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
+    return to_device(inputs, policy.device)
+
+
+def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int) -> Inputs:
+    """`encode_prompts` in a thread, with a processor of its own; ready to go to the device."""
+    own = replace(policy, device=torch.device("cpu"), processor=processor)
+    return feed.for_device(encode_prompts(own, examples, room), policy.device)
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Copy a micro-batch to the device; from pinned memory this takes none of the CPU's time."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 # ---- Rollout: a prompt is encoded once, images included; its K responses share the result --------
@@ -832,7 +845,7 @@ def encoded(trainer: Trainer, examples: list[Example],
         chunks = parallel.chunks(examples, cfg.micro_batch)
         inputs = (encode_prompts(policy, chunk, cfg.max_new_tokens) for chunk in chunks)
     for x in inputs:
-        yield {name: tensor.to(policy.device, non_blocking=True) for name, tensor in x.items()}
+        yield to_device(x, policy.device)
 
 
 def receive_inputs(trainer: Trainer, examples: list[Example],
@@ -937,17 +950,22 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, draws: int = 0,
             temperature: float = 1.0, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Judged answers to rows: a greedy one each, or so many `draws`."""
-    K = draws or 1
-    hidden = True if len(examples) <= batch or not parallel.is_main() else None
-    bar = tqdm(range(0, len(examples), batch), "answering", ncols=80, leave=False, disable=hidden)
-    for start in bar:
-        part = examples[start:start + batch]
-        inputs = encode_prompts(policy, part, max_new_tokens)
-        uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
-        rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
-        for i, response in enumerate(decode(policy, rolled)):
-            judged = judging.judge(part[i // K], response.text, response.finished)
-            yield judged | {"length": len(response.ids)}
+    K, parts, start = draws or 1, [*parallel.chunks(examples, batch)], 0
+
+    def encode(part: list[Example], processor: Any) -> Inputs:
+        return encode_ahead(policy, part, processor, max_new_tokens)
+
+    quiet = True if len(parts) == 1 or not parallel.is_main() else None
+    stream = feed.in_threads(encode, policy.processor, parts, ahead=4)
+    with contextlib.closing(stream):
+        for part in tqdm(parts, "answering", ncols=80, leave=False, disable=quiet):
+            inputs = to_device(next(stream), policy.device)
+            uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
+            rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
+            for i, response in enumerate(decode(policy, rolled)):
+                judged = judging.judge(part[i // K], response.text, response.finished)
+                yield judged | {"length": len(response.ids)}
+            start += len(part)
 
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
@@ -1074,11 +1092,27 @@ def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Ite
     def encode(part: list[Example], processor: Any) -> Inputs:
         if trainer.helper:  # visual facts too are asked for while the step before runs
             trainer.helper.fetch_facts(part)
-        policy = replace(trainer.policy, device=torch.device("cpu"), processor=processor)
-        return encode_prompts(policy, part, cfg.max_new_tokens)
+        return encode_ahead(trainer.policy, part, processor, cfg.max_new_tokens)
 
-    ahead = micro_batches(cfg, cfg.prompts)
+    ahead = max(4, micro_batches(cfg, cfg.prompts))
     return feed.in_threads(encode, trainer.policy.processor, jobs(), ahead)
+
+
+def measured_micro_batch(trainer: Trainer, examples: list[Example]) -> int:
+    """For `--micro-batch 0`: as many prompts as the device holds with responses of full length."""
+    cfg, policy = trainer.cfg, trainer.policy
+
+    def trial(prompts: int) -> None:
+        inputs = encode_prompts(policy, examples[:prompts], cfg.max_new_tokens)
+        ids = [policy.pad_id] * cfg.max_new_tokens
+        sequences = [Sequence(p, ids, 0.0, True) for p in range(prompts) for _ in range(cfg.generations)]
+        accumulate_gradients(trainer, [inputs], sequences)
+        trainer.optimizer.zero_grad()
+
+    most = len(parallel.share(cfg.prompts))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    kept = sum(8 * p.numel() for p in trained)  # AdamW's two moments, in float32
+    return memory.choose_micro_batch(trial, min(most, len(examples)), policy.device, kept)
 
 
 def micro_batches(cfg: Config, prompts: int) -> int:
@@ -1107,6 +1141,8 @@ def train(cfg: Config) -> None:
         if trainer.helper:
             trainer.helper.check_server()
     step = load_checkpoint(run, trainer, examples) if resumed else 0
+    if not cfg.micro_batch:
+        cfg.micro_batch = measured_micro_batch(trainer, examples)
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, resumed)
     runs.print_start(cfg, device, len(examples), len(held_out), step)

@@ -34,7 +34,7 @@ import eval as evaluation
 import reward
 from dyme import Config, Policy, Sequence
 from reward import Example, verify
-from support import ablations, attention, cache, data, files, judging, metrics, samples, toy, vision
+from support import ablations, attention, data, files, judging, memory, metrics, samples, toy, vision
 from support import runs as run_folders
 from support.errors import DivergedError, UserError
 from support.make_toy_base import new_policy
@@ -752,6 +752,44 @@ def test_the_gradient_is_clipped_and_the_learning_rate_is_the_steps(tiny: Policy
     metrics, _ = take(trainer, examples[:2], 0, "sft", 0.25)
     moved = [a - b for a, b in zip(before, trainer.policy.model.parameters(), strict=True)]
     assert metrics["grad_norm"] > 1 and torch.stack([m.norm() for m in moved]).norm().item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_the_micro_batch_that_fits_by_hand(monkeypatch: Patch) -> None:
+    asked = []
+
+    def peak(prompts: int) -> float:  # 3 and 2 for each prompt
+        asked.append(prompts)
+        return 3.0 + 2.0 * prompts
+
+    assert memory.largest(peak, most=32, available=19.0) == 8 and asked == [1, 2]  # 3 + 16 fits, 3 + 32 does not
+    assert memory.largest(peak, 32, 18.9) == 4 and memory.largest(peak, 5, 1e9) == 4 and memory.largest(peak, 8, 0) == 1
+
+    def too_much(prompts: int) -> float:
+        if prompts > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    assert memory.largest(too_much, 32, 100.0) == 1
+
+
+def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkeypatch: Patch) -> None:
+    weights = []
+    for size in (0, 1, 4):
+        trials = []
+
+        def choose(trial: Any, most: int, device: torch.device, kept: int) -> int:
+            trial(2)  # leaves no gradient behind
+            trials.append((most, kept))
+            return 2
+
+        monkeypatch.setattr(memory, "choose_micro_batch", choose)
+        out = f"m{size}"
+        assert run(runs, out, "--steps", "2", "--prompts", "4", "--micro-batch", str(size)) == 0
+        weights.append(load_file(runs / out / "checkpoint" / "model.safetensors"))
+        assert [most for most, _ in trials] == ([4] if size == 0 else [])
+        assert json.loads((runs / out / "config.json").read_text())["micro_batch"] == (size or 2)
+    for others in weights[1:]:
+        assert all(torch.allclose(weights[0][name], others[name], atol=1e-5) for name in others)
 
 
 def test_step_metrics_by_hand() -> None:

@@ -53,6 +53,8 @@ def benchmark(cfg: Config, steps: int) -> None:
         trainer.reference = copy.deepcopy(policy.model).requires_grad_(False)
     if trainer.helper:
         trainer.helper.file = None
+    if not cfg.micro_batch:
+        cfg.micro_batch = dyme.measured_micro_batch(trainer, examples)
     records = time_steps(trainer, examples, steps)
     if parallel.is_main():
         median = {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}

@@ -8,8 +8,32 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from support import parallel
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def worker_threads() -> int:
+    """How many threads prepare inputs: this process's part of the cores, one kept for the step itself."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, cores - 1))
+
+
+def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU."""
+    if device.type != "cuda":
+        return inputs
+    ready = {}
+    for name, tensor in inputs.items():
+        if name == "pixel_values":  # the tower computes in half precision: it would round them itself
+            tensor = tensor.to(parallel.half_precision())
+        # From memory that is not pinned, a copy makes the CPU wait.
+        ready[name] = tensor.pin_memory()
+    return ready
 
 
 def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterable[Job],
@@ -18,7 +42,7 @@ def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterabl
 
     Each thread has a copy of the processor, because a tokenizer cannot serve two.
     """
-    threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+    threads = min(worker_threads(), ahead)
     free, local = [copy.deepcopy(processor) for _ in range(threads)], threading.local()
 
     def take_processor() -> None:

@@ -127,7 +127,7 @@ def check_model_name(name: str, known: Iterable[str]) -> None:
                         f"{', '.join(sorted(known))}")
 
 
-LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1, "micro_batch": 1,
+LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1,
           "max_new_tokens": 1, "steps": 1, "eval_rows": 1, "helper_concurrency": 1}
 SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
 

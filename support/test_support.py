@@ -1,9 +1,11 @@
 """Tests of support/: data, domains, the helper, other rules, the report, the benchmark, the README."""
 
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -30,7 +32,7 @@ import reward
 import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
-from support import ablations, benchmark, chartqa, data, domains, files, graphs, judging, parallel
+from support import ablations, benchmark, chartqa, data, domains, feed, files, graphs, judging, parallel
 from support import make_toy_base, report, settings, supervision, test_course, toy, toy_helper
 from support import runs as run_folders
 from support.errors import UserError
@@ -714,6 +716,57 @@ def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Pol
     assert dyme.choose_mode(groups.correct).all() and not dyme.no_variance(groups.rewards).any()
     assert groups.correct[:, :2].tolist() == [[1, 0], [1, 0]] and torch.equal(groups.correct, groups.rewards)
     assert [len(r.ids) for group in groups.responses for r in group] == [9] * 8
+
+
+class FakeGraph:
+    """A recording that fails when it ends, as it does after an error in the step."""
+
+    def capture_begin(self, **_: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cudaErrorStreamCaptureUnsupported: in aten::item"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_failed_capture_says_its_first_cause_and_decoding_goes_on(
+        error: Exception, monkeypatch: Patch, capsys: Capture) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graphs, "side_stream", lambda device: (stream, None))
+    for name, value in (("CUDAGraph", FakeGraph), ("current_device", lambda: 0), ("current_stream", lambda: stream),
+                        ("stream", lambda s: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, value)
+    model, tries = torch.nn.Module(), []
+
+    def step() -> None:
+        tries.append(1)
+        raise error
+
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            graphs.capture(model, step)
+        assert not hasattr(model, "uncapturable")  # memory may be there the next time
+        return
+    assert graphs.capture(model, step) is step and graphs.capture(model, step) is step
+    assert len(tries) == 1  # not tried again
+    said = capsys.readouterr().err
+    assert "cudaErrorStreamCaptureUnsupported" in said and "previous error" not in said
+
+
+def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: Patch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(parallel, "half_precision", lambda: torch.bfloat16)
+    inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4)}
+    assert feed.for_device(inputs, torch.device("cpu")) is inputs
+    ready = feed.for_device(inputs, torch.device("cuda"))
+    assert ready["pixel_values"].dtype == torch.bfloat16 and ready["input_ids"].dtype == torch.int64
+    assert len(pinned) == 2
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert feed.worker_threads() == 15
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert feed.worker_threads() == 3
 
 
 def cuda_policy() -> Policy:
