@@ -773,8 +773,7 @@ def test_the_micro_batch_that_fits_by_hand(monkeypatch: Patch) -> None:
 
 
 def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkeypatch: Patch) -> None:
-    weights = []
-    for size in (0, 1, 4):
+    for size in (0, 2):
         trials = []
 
         def choose(trial: Any, most: int, device: torch.device, kept: int) -> int:
@@ -785,11 +784,9 @@ def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkey
         monkeypatch.setattr(memory, "choose_micro_batch", choose)
         out = f"m{size}"
         assert run(runs, out, "--steps", "2", "--prompts", "4", "--micro-batch", str(size)) == 0
-        weights.append(load_file(runs / out / "checkpoint" / "model.safetensors"))
         assert [most for most, _ in trials] == ([4] if size == 0 else [])
-        assert json.loads((runs / out / "config.json").read_text())["micro_batch"] == (size or 2)
-    for others in weights[1:]:
-        assert all(torch.allclose(weights[0][name], others[name], atol=1e-5) for name in others)
+        assert json.loads((runs / out / "config.json").read_text())["micro_batch"] == 2
+    assert same_weights(runs / "m0", runs / "m2")  # the trials left nothing behind
 
 
 def test_step_metrics_by_hand() -> None:
