@@ -5,6 +5,7 @@ On the CPU, offline, in minutes. Where ../shared is present, with the real SmolV
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import itertools
 import json
@@ -460,6 +461,20 @@ def test_grouped_attention_is_transformers_own(family: str, dtype: torch.dtype |
         results.append((hidden.detach().float().flatten(), torch.cat(gradients)))
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() < (1e-6 if dtype is None else 0.02) * theirs.norm()
+
+
+def test_requirements_ask_for_the_transformers_that_all_families_need() -> None:
+    """5.24 is the first release whose caches have the name used here; from 5.23 on LLaVA's tower keeps one state."""
+    required = (Path(dyme.__file__).parent / "requirements.txt").read_text()
+    assert "transformers>=5.24,<6" in required and "torch>=2.11," in required
+    for family in FAMILIES:
+        model = tiny_family(family)
+        assert "cache" in inspect.signature(model.base_model.forward).parameters
+    model, kept = tiny_family("llava_onevision"), []
+    tower = vision.towers(model)[0]
+    tower.register_forward_hook(lambda *args: kept.extend(args[-1].hidden_states or ()))
+    model.base_model(**family_inputs("llava_onevision", [10], 1))
+    assert len({id(state) for state in kept if state is not None}) <= 1
 
 
 def test_an_additive_mask_has_a_row_for_each_head_of_a_group_and_aligned_rows() -> None:

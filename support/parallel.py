@@ -27,6 +27,9 @@ def select_device(name: str) -> torch.device:
         torch.ones(1, device=device).cpu()
         if name.startswith("cuda"):
             torch.cuda.set_device(device)
+            # On Hopper PyTorch prefers cuDNN's attention. With a mask its gradients can be NaN
+            # (pytorch#196678), and it plans anew, for up to a second, at every new length: here, every batch.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

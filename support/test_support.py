@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,8 +33,8 @@ import reward
 import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
-from support import ablations, benchmark, chartqa, data, domains, feed, files, graphs, judging, parallel
-from support import make_toy_base, report, settings, supervision, test_course, toy, toy_helper
+from support import ablations, attention, benchmark, chartqa, data, domains, feed, files, gpu_check, graphs, judging
+from support import make_toy_base, parallel, report, settings, supervision, test_course, toy, toy_helper
 from support import runs as run_folders
 from support.errors import UserError
 from support.make_toy_base import new_policy
@@ -718,6 +719,36 @@ def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Pol
     assert [len(r.ids) for group in groups.responses for r in group] == [9] * 8
 
 
+def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        parallel.select_device("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert parallel.select_device("cuda:0") == torch.device("cuda:0")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_the_gpu_check_prints_a_page_whatever_fails(tiny: Policy, examples: list[Example], capsys: Capture) -> None:
+    policy = dataclasses.replace(tiny, end_ids=[-1])
+    checks = [check for check in gpu_check.CHECKS if check not in (
+        gpu_check.versions, gpu_check.attention_kernels, gpu_check.graph, gpu_check.varied_shapes)]
+    for check in [*checks, gpu_check.graph]:  # the last one cannot work here
+        gpu_check.report(check.__doc__, lambda check=check: check(policy, examples))
+    page = capsys.readouterr().out
+    assert "gradients differ by 0.00%" in page and "differ by 0.0000 on average" in page and "0 of 10 steps" in page
+    assert ("FAILED" in page) != torch.cuda.is_available()
+    for words in gpu_check.commands("tiny", "toy", "runs"):
+        if "dyme.py" in words and "--resume" not in words:
+            assert dyme.parse_config(words[words.index("dyme.py") + 1:]).steps == 20
+        if "support.benchmark" in words:
+            dyme.parse_config(benchmark.split_steps(words[2:])[1])
+
+
 class FakeGraph:
     """A recording that fails when it ends, as it does after an error in the step."""
 
@@ -784,6 +815,20 @@ def test_a_cuda_graph_samples_what_plain_steps_do(examples: list[Example], monke
         results.append(dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, range(3), 4, 24), 1.0))
     assert captured[0].__name__ == "replay"  # it was a graph
     assert (results[0].ids == results[1].ids).float().mean() > 0.95
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [64, 192, 320])  # L % 128 == 64: where cuDNN's backward gave NaN (pytorch#196678)
+def test_cuda_attention_with_a_mask_and_very_negative_scores_has_finite_gradients(length: int) -> None:
+    parallel.select_device("cuda")
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16)
+    k = -20 * q + torch.randn_like(q)  # a logsumexp far below -88.7
+    visible = torch.ones(1, 1, length, length, dtype=torch.bool, device="cuda").tril()
+    mask = attention.additive_mask(visible, SimpleNamespace(num_attention_heads=4, num_key_value_heads=4), q.dtype)
+    q.requires_grad_(), k.requires_grad_()
+    F.scaled_dot_product_attention(q, k, torch.ones_like(q), attn_mask=mask).sum().backward()
+    assert q.grad.isfinite().all() and k.grad.isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
