@@ -48,9 +48,10 @@ def anneal_weight(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def memorize_failures(buffer: list[Example], done: Any, size: int,
+def memorize_failures(buffer: list[Example], done: Any, rule: str,
                       imitate: Callable[[list[Example]], dict[str, Any]]) -> dict[str, Any]:
     """`--switch budget:N`: prompts that failed wait in `buffer`, for an SFT step on N of them."""
+    size = int(rule.removeprefix("budget:"))
     right = (done.groups.correct == 1).any(dim=1)
     failed = [example for example, found in zip(done.examples, right, strict=True) if not found]
     for examples in parallel.gather(failed):  # every process keeps the same buffer

@@ -1,4 +1,4 @@
-"""Threads that prepare the next step's inputs while this one runs."""
+"""The order of the rows, and threads that prepare the next step's inputs while this one runs."""
 
 import collections
 import copy
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,14 @@ from support import parallel
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def shuffled_rows(seed: int, count: int, places: range) -> list[int]:
+    """Which of `count` rows stand at these places, of all epochs in a row, each shuffled by (seed, epoch)."""
+    orders = {}
+    for epoch in range(places[0] // count, places[-1] // count + 1):
+        orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+    return [int(orders[i // count][i % count]) for i in places]
 
 
 def worker_threads() -> int:

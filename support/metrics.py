@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from support import parallel
 
 
 def group_totals(groups: Any, explore: Tensor, no_variance: Tensor) -> dict[str, float]:
@@ -58,9 +61,10 @@ def averages(totals: dict[str, float]) -> dict[str, Any]:
     return metrics
 
 
-def speed(logged: dict[str, Any], peak_memory_gib: float | None) -> dict[str, Any]:
+def speed(logged: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Tokens per second of the whole step, and memory, to log beside its metrics."""
     parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     seconds = {name: logged.get(name, 0.0) for name in parts}  # SFT has only an update
     tokens_per_s = logged["tokens"] / sum(seconds.values())
-    return seconds | {"tokens_per_s": tokens_per_s, "peak_memory_gib": peak_memory_gib}
+    peak = parallel.peak_memory_gib(device)
+    return seconds | {"tokens_per_s": tokens_per_s, "peak_memory_gib": peak}

@@ -1,5 +1,7 @@
 """Short names of the models that the paper uses or that are near to them."""
 
+from typing import Any
+
 from support.errors import UserError
 
 NAMES = {
@@ -28,3 +30,13 @@ def loading_error(name: str, error: Exception) -> UserError:
         if package in reason.lower():
             advice = f"pip install {package}"
     return UserError(f"--model {name}: cannot be loaded ({reason}); {advice}")
+
+
+def apply_template(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    """Render messages with the model's own chat template. Raises UserError if that fails."""
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # noqa: BLE001 - templates are programs, and raise many kinds
+        name = getattr(processor, "tokenizer", processor).name_or_path
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: its chat template fails ({reason})") from None
