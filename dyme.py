@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import ablations, attention, cache, data, feed, files, graphs, judging, memory, metrics
+from support import ablations, attention, cache, feed, files, graphs, judging, memory, metrics
 from support import models, parallel, rows, runs, samples, settings, supervision, toy, vision
 from support.errors import DivergedError, UserError
 
@@ -53,7 +53,7 @@ class Config:
     out: str = ""  # run folder (default: runs/MODEL-DATA-MODE-sSEED)
     # Steps
     steps: int = 600  # optimisation steps
-    epochs: float = 0.0  # passes over the data at --prompts a step; sets --steps
+    epochs: float = 0.0  # passes over the data, both stages included; sets --steps
     prompts: int = 8  # prompts in a step (sft: prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
     micro_batch: int = 64  # prompts per forward pass; less saves memory, same gradient (0: measure)
@@ -62,7 +62,7 @@ class Config:
     temperature: float = 1.0  # sampling temperature
     # Switch, learning rate, loss
     switch: str = "any-correct"  # any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
-    sft_steps: int = 150  # two-stage: steps of SFT before GRPO
+    sft_steps: int = 150  # two-stage: steps of SFT before GRPO (0: one pass)
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
     thinking_weight: float = 1.0  # w_t, weight of r_t (grpo, two-stage: 0)
@@ -96,7 +96,7 @@ class Config:
 
 # As in the release's main configuration (K = 8 as well). Warm-up is our addition.
 REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300,
-        "warmup": 50, "sft_steps": 500, "eval_rows": 200}
+        "warmup": 50, "sft_steps": 0, "eval_rows": 200}
 LEARNING_RATES = {
     "toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 5e-4, "sft": 2e-4},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
@@ -119,11 +119,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     defaults = (REAL if preset == "real" else {}) | settings.implied(given)
     cfg = Config(**(defaults | given))
     cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
-    name = f"{Path(cfg.model).name}-{data.name_of(cfg.data)}-{cfg.mode}-s{cfg.seed}"
-    cfg.out = cfg.out or f"runs/{name.replace(' ', '_')}"
+    cfg.out = cfg.out or runs.default_folder(cfg)
     if cfg.resume:
         cfg = Config(**settings.resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
-    settings.check(cfg, {"tiny", *models.NAMES})
+    settings.check(cfg, {"tiny", *models.NAMES}, CHOICES)
     return cfg
 
 
@@ -227,8 +226,7 @@ def render(processor: Any, prompt: str, has_image: bool, response: str | None = 
     if not hasattr(processor, "image_processor"):
         # The templates of text-only models want plain text.
         messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in messages]
-    return processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=response is None)
+    return models.apply_template(processor, messages, response is None)
 
 
 def end_of_turn(processor: Any) -> int | None:
@@ -983,42 +981,42 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     tqdm.write(f"step {step}: " + judging.one_line(summary))
     if step and summary["strict"] > trainer.best:
         trainer.best = summary["strict"]
-        with files.replaced_folder(run / "best") as folder:
-            save_policy(trainer.policy, folder)
+        save_policy(trainer.policy, run / "best")
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
-    """Write `checkpoint/`, a transformers directory that also holds the training state."""
-    if not parallel.is_main():
+    """Write `checkpoint/`: a transformers directory and the training state."""
+    if not runs.may_save(trainer.failures, ended=step == trainer.cfg.steps):
         return
     helper = trainer.helper
     state = {
         "step": step, "failures": trainer.failures, "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(),
-        "kept": {"buffer": [(example.name, example.hint) for example in trainer.buffer],
+        "kept": {"buffer": [(e.name, e.hint) for e in trainer.buffer],
                  "examples": [*helper.examples] if helper else []},
     }
-    with files.replaced_folder(run / "checkpoint") as folder:
-        save_policy(trainer.policy, folder)
-        torch.save(state, folder / "training_state.pt")
+    save_policy(trainer.policy, run / "checkpoint", state)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a transformers directory."""
-    policy.model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
+def save_policy(policy: Policy, final: Path, state: dict[str, Any] | None = None) -> None:
+    """Write a transformers directory, if its weights are finite."""
+    runs.check_weights(policy.model)
+    with files.replaced_folder(final) as folder:
+        policy.model.save_pretrained(folder)
+        policy.processor.save_pretrained(folder)
+        if state:
+            torch.save(state, folder / "training_state.pt")
 
 
 def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int:
-    """Restore optimiser, scaler, buffer and example pool; the step to go on with.
+    """Restore what was saved; the step to go on with.
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
-    file = run / "checkpoint" / "training_state.pt"
-    state = torch.load(file, trainer.policy.device, weights_only=True)
+    state = runs.read_state(run, trainer.policy.device)
     trainer.optimizer.load_state_dict(state["optimizer"])
     # A run may go on with another precision.
     if state["scaler"] and trainer.scaler.is_enabled():
@@ -1035,21 +1033,30 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def make_trainer(cfg: Config, policy: Policy, base: str = "") -> Trainer:
-    """Set up what trains, and the KL's reference `base` if wanted."""
-    reference = None
-    if cfg.beta:
-        reference = load_policy(base, policy.device).model.requires_grad_(False)
+def make_trainer(cfg: Config, policy: Policy) -> Trainer:
+    """Set up what trains."""
     if not cfg.train_vision:
         # Only the tower is frozen: the connector to the language model must learn with it.
         vision.freeze(policy.model)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
-    needs_scaler = policy.device.type == "cuda" and parallel.half_precision() == torch.float16
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=needs_scaler)
+    scaler = parallel.gradient_scaler(policy.device)
     helper = supervision.open_helper(cfg)
-    return Trainer(cfg, policy, optimizer, scaler, reference, helper=helper)
+    return Trainer(cfg, policy, optimizer, scaler, helper=helper)
+
+
+def load_reference(trainer: Trainer, run: Path, step: int) -> Model:
+    """The KL's reference: the base; in two-stage, as released, the model after SFT."""
+    cfg, after_sft = trainer.cfg, run / "after-sft"
+    with parallel.errors_shared():  # nobody reads it before it is written
+        begins = cfg.mode == "two-stage" and step == cfg.sft_steps
+        if begins and parallel.is_main():
+            save_policy(trainer.policy, after_sft)
+    # A resumed run finds it there. Runs begun before it was kept go on with the base.
+    source = str(after_sft) if after_sft.exists() else cfg.model
+    model = load_policy(source, trainer.policy.device).model
+    return model.requires_grad_(False)
 
 
 def schedule(cfg: Config, step: int) -> tuple[str, float]:
@@ -1073,10 +1080,7 @@ def step_rows(cfg: Config, step: int, count: int) -> list[int]:
     sft_steps = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
     start = cfg.prompts * (step - sft_steps) + cfg.prompts * cfg.generations * sft_steps
     size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
-    orders = {}
-    for epoch in range(start // count, (start + size - 1) // count + 1):
-        orders[epoch] = np.random.default_rng([cfg.seed, epoch]).permutation(count)
-    return [int(orders[i // count][i % count]) for i in range(start, start + size)]
+    return feed.shuffled_rows(cfg.seed, count, range(start, start + size))
 
 
 def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Iterator[Inputs]:
@@ -1121,22 +1125,17 @@ def micro_batches(cfg: Config, prompts: int) -> int:
 
 
 def train(cfg: Config) -> None:
-    """Carry out a run: load, evaluate, train, evaluate, and say where everything is."""
-    device = parallel.select_device(cfg.device)
-    examples = data.load_data(cfg.data, "train", cfg.traces, cfg.augmented, cfg.hints)
-    held_out = data.load_data(cfg.data, "val", cfg.traces, cfg.augmented, cfg.hints)
-    held_out = rows.spread(held_out, cfg.eval_rows)
-    if cfg.epochs:
-        cfg.steps = math.ceil(cfg.epochs * len(examples) / cfg.prompts)
-    settings.check_stages(cfg.mode, cfg.sft_steps, cfg.steps)
-    parallel.check_share(cfg.prompts)
-    run = Path(cfg.out)
-    with parallel.errors_shared():
-        runs.prepare(cfg)
+    """Carry out a run in its folder, where no other process may be."""
+    with runs.opened(cfg) as (examples, held_out):
+        carry_out(cfg, examples, held_out)
 
+
+def carry_out(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
+    """Load, evaluate, train, evaluate, and say where everything is."""
+    run, device = Path(cfg.out), parallel.select_device(cfg.device)
     resumed = cfg.resume and (run / "checkpoint").exists()
     policy = load_policy(str(run) if resumed else cfg.model, device, cfg.image_edge)
-    trainer = make_trainer(cfg, policy, base=cfg.model)
+    trainer = make_trainer(cfg, policy)
     with parallel.errors_shared():
         if trainer.helper:
             trainer.helper.check_server()
@@ -1144,7 +1143,7 @@ def train(cfg: Config) -> None:
     if not cfg.micro_batch:
         cfg.micro_batch = measured_micro_batch(trainer, examples)
     with parallel.errors_shared():  # nobody goes on before the folder is ready
-        runs.begin(cfg, step, resumed)
+        runs.begin(cfg, step, examples, held_out)
     runs.print_start(cfg, device, len(examples), len(held_out), step)
     board = runs.open_board(cfg.tensorboard, run, step)
 
@@ -1165,6 +1164,8 @@ def train_loop(trainer: Trainer, examples: list[Example], held_out: list[Example
     with bar, runs.finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
         for step in range(first, cfg.steps):
             method, lr = schedule(cfg, step)
+            if cfg.beta and method == "grpo" and trainer.reference is None:
+                trainer.reference = load_reference(trainer, run, step)
             batch = [examples[i] for i in step_rows(cfg, step, len(examples))]
             inputs = itertools.islice(stream, micro_batches(cfg, len(batch)))
             try:
@@ -1175,11 +1176,9 @@ def train_loop(trainer: Trainer, examples: list[Example], held_out: list[Example
                 save_checkpoint(run, trainer, step)
                 raise
             logged = {"step": step, "method": method, "lr": lr} | done.metrics
-            logged |= metrics.speed(logged, parallel.peak_memory_gib(trainer.policy.device))
-            if parallel.is_main():
-                runs.record(run / "metrics.jsonl", logged, board)
-                row = samples.describe(step, done, trainer.policy.tokenizer)
-                files.append_row(run / "samples.jsonl", row)
+            logged |= metrics.speed(logged, trainer.policy.device)
+            shown = samples.describe(step, done, trainer.policy.tokenizer)
+            runs.log_step(run, logged, shown, board)
             runs.advance(bar, f"{cfg.mode} {step + 1}/{cfg.steps}", logged)
 
             ended, stop = step + 1 == cfg.steps, any(parallel.gather(bool(interrupted)))
@@ -1201,16 +1200,15 @@ def take_step(trainer: Trainer, batch: list[Example], step: int, method: str, lr
         return sft_step(trainer, batch, lr, inputs)
     done = train_step(trainer, batch, step, lr, rule, inputs)
     if rule.startswith("budget:"):
-        size = int(rule.removeprefix("budget:"))
         done.metrics |= ablations.memorize_failures(
-            trainer.buffer, done, size, lambda failed: sft_step(trainer, failed, lr).metrics)
+            trainer.buffer, done, rule, lambda failed: sft_step(trainer, failed, lr).metrics)
     return done
 
 
 def main() -> None:
     """Read the settings, join other processes if there are any, and train."""
     cfg = parse_config()
-    with parallel.processes(parallel.select_device(cfg.device).type == "cuda"):
+    with parallel.processes(cfg.device):
         train(cfg)
 
 

@@ -13,6 +13,7 @@ score of the text after the last `Answer:`; *any_format* counts the last word or
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -54,8 +55,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("samples", "limit", "max_new_tokens", "batch", "image_edge", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    if not 0 < args.temperature <= settings.HIGHEST:
+        raise UserError(f"--temperature {args.temperature}: must be above 0 and at most {settings.HIGHEST:g}")
     for name in args.model:
         settings.check_model_name(name, {"tiny", *models.NAMES})
     if args.out and len(args.model) > 1:
@@ -63,8 +64,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Answer the test split with one model, write predictions.jsonl, and return the averages."""
+def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Answer the test split with one model, write predictions.jsonl, and return the averages.
+
+    Other processes are kept out of the folder until the stack ends.
+    """
     is_run = (Path(name) / "config.json").exists() and (Path(name) / "metrics.jsonl").exists()
     weights = "best" if args.best else "checkpoint"
     if is_run and not (Path(name) / weights).is_dir():
@@ -76,7 +80,7 @@ def evaluate_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     image_edge = args.image_edge or saved.get("image_edge", 0)
     source_of_weights = str(Path(name) / weights) if is_run else name
     policy = load_policy(source_of_weights, parallel.select_device(args.device), image_edge)
-    out = open_folder(Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}")))
+    out = open_folder(Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}")), stack)
 
     max_new_tokens = 1024
     if toy:
@@ -111,10 +115,11 @@ def load_test(name: str, source: str, trained_on: str | None, limit: int) -> lis
     return rows.spread(examples, limit or len(examples))
 
 
-def open_folder(out: Path) -> Path:
-    """Make the folder for predictions, to know that it can be written before the work is done."""
+def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:
+    """Make and lock the folder for predictions, to know that it can be written before the work is done."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.locked(out))
         (out / "predictions.jsonl").open("a").close()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -169,7 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["report"]:
         return report.write_page(argv[1:], Config, CHANGEABLE_ON_RESUME)
     args = parse_arguments(argv)
-    print_table([evaluate_model(name, args) for name in args.model])
+    table = []
+    for name in args.model:
+        with contextlib.ExitStack() as stack:
+            table.append(evaluate_model(name, args, stack))
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -645,7 +645,7 @@ def make_trainer(policy: Policy, correct: list[list[int]] | None = None, **setti
     cfg = Config(lr=1e-3, prompts=4, generations=4, max_new_tokens=40, **settings)
     model = new_policy(0).model
     policy = dataclasses.replace(policy, model=model.eval())
-    trainer = dyme.make_trainer(cfg, policy, "")
+    trainer = dyme.make_trainer(cfg, policy)
 
     def score(*args: Any) -> dyme.Groups:
         marks = torch.tensor(correct, dtype=torch.float32)
@@ -817,12 +817,15 @@ def test_step_metrics_by_hand() -> None:
     assert (step["memorized"], step["target_length"], step["tokens"]) == (0.5, 3.0, 8)
 
 
-def test_ctrl_c_twice_stops_at_once_but_a_sigterm_after_it_does_not() -> None:
+def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(monkeypatch: Patch, capsys: Capture) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+    monkeypatch.setattr(os, "_exit", leave)  # which waits for no thread
     with run_folders.finish_step_on_interrupt() as received:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes it on
         assert received == [signal.SIGINT, signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
 
@@ -874,7 +877,7 @@ def test_dyme_learns_by_memorizing_and_then_exploring(tiny: Policy, examples: li
     """From random weights on eight rows: targets bring the first right answers, exploration takes over."""
     cfg = Config(lr=4e-3, prompts=8, generations=4, max_new_tokens=40, steps=60, warmup=2, train_vision=True)
     policy = dataclasses.replace(tiny, model=new_policy(1).model)
-    trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
+    trainer, rows = dyme.make_trainer(cfg, policy), examples[:8]
     before, log = accuracy(policy, rows), []
     for step in range(cfg.steps):
         log.append(take(trainer, rows, step, *dyme.schedule(cfg, step))[0])
@@ -887,7 +890,7 @@ def test_exploration_alone_raises_accuracy(tiny: Policy, examples: list[Example]
     """GRPO on a policy that is right now and then: no targets, only rewards."""
     cfg = Config(lr=3e-4, generations=8, max_new_tokens=40, train_vision=True, thinking_weight=0.0)
     policy = dataclasses.replace(tiny, model=new_policy(1).model)
-    trainer, rows = dyme.make_trainer(cfg, policy, ""), examples[:8]
+    trainer, rows = dyme.make_trainer(cfg, policy), examples[:8]
     for step in range(25):
         take(trainer, rows, step, "sft", 2e-3)
     log = [take(trainer, rows, step, "grpo", 3e-4)[0]["accuracy"] for step in range(80)]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import dyme
 from dyme import Config, Groups, Policy, Prefix, Rollout, Sequence
 from reward import Example
-from support import data, parallel, runs, vision
+from support import data, parallel, runs, settings, vision
 
 
 def split_steps(argv: list[str]) -> tuple[int, list[str]]:
@@ -41,8 +41,7 @@ def split_steps(argv: list[str]) -> tuple[int, list[str]]:
 def benchmark(cfg: Config, steps: int) -> None:
     """Time so many steps of training, after one of warm-up."""
     examples = data.load_data(cfg.data, "train", cfg.traces, cfg.augmented, cfg.hints)
-    if cfg.epochs:
-        cfg.steps = math.ceil(cfg.epochs * len(examples) / cfg.prompts)
+    settings.settle_length(cfg, len(examples))
     parallel.check_share(cfg.prompts)
     device = parallel.select_device(cfg.device)
     policy = dyme.load_policy(cfg.model, device, cfg.image_edge)
@@ -193,7 +192,7 @@ def main() -> None:
     """Read the flags, join the other processes if there are any, and time."""
     steps, argv = split_steps(sys.argv[1:])
     cfg = dyme.parse_config(argv)
-    with parallel.processes(parallel.select_device(cfg.device).type == "cuda"):
+    with parallel.processes(cfg.device):
         benchmark(cfg, steps)
 
 

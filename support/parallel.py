@@ -40,6 +40,12 @@ def half_precision() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def gradient_scaler(device: torch.device) -> torch.amp.GradScaler:
+    """A scaler, which does something only where gradients are made in float16."""
+    needed = device.type == "cuda" and half_precision() == torch.float16
+    return torch.amp.GradScaler(device.type, enabled=needed)
+
+
 def limit_threads(parameters: int) -> None:
     """Let a tiny model run on one thread: two gain little, and beside a busy process wait for each other."""
     if parameters < 2e6:
@@ -61,8 +67,9 @@ def peak_memory_gib(device: torch.device) -> float | None:
 
 
 @contextlib.contextmanager
-def processes(cuda: bool) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did."""
+def processes(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; `device` as in `select_device`."""
+    cuda = select_device(device).type == "cuda"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:

@@ -3,11 +3,12 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -16,60 +17,189 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from support import files, parallel, settings
+from reward import Example
+from support import data, files, parallel, rows, settings
 from support.errors import DivergedError, UserError
 
 # ---- The folder ----------------------------------------------------------------------------------
 
+FOLDERS = ("checkpoint", "best", "after-sft")
 
-def prepare(cfg: Any) -> None:
-    """Check or make the run folder; an existing run is never touched unless asked. Raises UserError."""
-    if not parallel.is_main():
-        return
+
+def default_folder(cfg: Any) -> str:
+    """The run folder, if none is named."""
+    name = f"{Path(cfg.model).name}-{data.name_of(cfg.data)}-{cfg.mode}-s{cfg.seed}"
+    return f"runs/{name.replace(' ', '_')}"
+
+
+@contextlib.contextmanager
+def opened(cfg: Any) -> Iterator[tuple[list[Example], list[Example]]]:
+    """Read a run's training and held-out rows, check or make its folder, and keep other processes out of it.
+
+    Settles how long it is. Raises UserError. An existing run is never touched unless asked, and goes on only
+    with the rows that it began with.
+    """
+    examples, held_out = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
+                          for split in ("train", "val"))
+    held_out = rows.spread(held_out, cfg.eval_rows)
+    settings.settle_length(cfg, len(examples))
+    parallel.check_share(cfg.prompts)
     run = Path(cfg.out)
-    try:
-        holds_run = (run / "config.json").exists() and bool(settings.read(run, type(cfg)))
-        if holds_run and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
-        if not holds_run and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    with contextlib.ExitStack() as stack:
+        with parallel.errors_shared():
+            if parallel.is_main():
+                try:
+                    enter(cfg, run, stack)
+                except OSError as error:
+                    raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+                if cfg.resume:
+                    check_rows(cfg, run, fingerprint(examples, held_out))
+        yield examples, held_out
+
+
+def enter(cfg: Any, run: Path, stack: contextlib.ExitStack) -> None:
+    """Check or make the run folder, and lock it until the stack ends."""
+    check_folder(cfg, run)
+    check_inputs(cfg, run)
+    new = not run.exists()
+    run.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(files.locked(run))
+    if new:
+        stack.callback(remove_if_unused, run)
+    for name in FOLDERS:
+        files.restore_folder(run / name)
+    (run / "config.json.tmp").touch()  # to know now whether it can be written
+    (run / "config.json.tmp").unlink()
+
+
+def check_folder(cfg: Any, run: Path) -> None:
+    """Raise UserError if a folder cannot become this run's."""
+    holds_run = (run / "config.json").exists() and bool(settings.read(run, type(cfg)))
+    if holds_run and not (cfg.resume or cfg.overwrite):
+        raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
+    if not holds_run and run.exists():
+        ours = {files.LOCK, "helper.jsonl"}  # what a start that failed may leave
+        if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
-        started = (run / "metrics.jsonl").exists()
-        if cfg.resume and started and not any((run / f"checkpoint{end}").exists() for end in ("", ".old")):
-            raise UserError(f"--out {run}: has no checkpoint to go on from; --overwrite starts it again")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json.tmp").touch()  # to know now whether it can be written
-        (run / "config.json.tmp").unlink()
-        for name in ("checkpoint", "best"):
-            files.restore_folder(run / name)
-    except OSError as error:
-        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+    started = (run / "metrics.jsonl").exists()
+    if cfg.resume and started and not any((run / f"checkpoint{end}").exists() for end in ("", ".old")):
+        raise UserError(f"--out {run}: has no checkpoint to go on from; --overwrite starts it again")
 
 
-def begin(cfg: Any, step: int, resumed: bool) -> None:
+def check_inputs(cfg: Any, run: Path) -> None:
+    """Raise UserError if the run would write over what it starts from."""
+    written = [run.resolve() / path.name for path in outputs(run)]
+    for name in ("model", "data", "hints"):
+        path = Path(getattr(cfg, name)).resolve()
+        lost = any(path.is_relative_to(output) for output in written)
+        if name == "model" and cfg.model != "tiny":
+            lost = lost or path == run.resolve()
+            # A resumed run reads its base only as the KL's reference, which must not be the policy itself.
+            lost = lost and not (cfg.resume and not cfg.beta)
+        if lost:
+            raise UserError(f"--{name} {getattr(cfg, name)}: --out {run} would write over it; name another --out")
+
+
+def remove_if_unused(run: Path) -> None:
+    """Leave no folder where a run did not begin."""
+    if not (run / "config.json").exists():
+        with contextlib.suppress(OSError):
+            (run / files.LOCK).unlink()
+            run.rmdir()
+
+
+def fingerprint(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
+    """What tells other rows from those that a run began with: how many, and a hash of every column."""
+    found: dict[str, Any] = {}
+    for name, part in (("training rows", examples), ("held-out rows", held_out)):
+        found[name] = len(part)
+        for column in ("question", "answer", "hint", "facts", "image"):
+            values = [getattr(example, column) for example in part]
+            if column == "image":
+                values = [bool(value) for value in values]  # which rows have one: to read them all takes long
+            found[f"{column} of {name}"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+    return found
+
+
+def check_rows(cfg: Any, run: Path, now: dict[str, Any]) -> None:
+    """Raise UserError naming what has changed if a run began with other rows; older runs do not know."""
+    before = json.loads((run / "config.json").read_text(encoding="utf-8")).get("rows")
+    if not isinstance(before, dict):
+        return
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    counts = [f"{key}: {before[key]} then, {now[key]} now" for key in changed if " of " not in key]
+    if changed:
+        raise UserError(f"--data {cfg.data}: has changed since the run began ({'; '.join(counts or changed)}); "
+                        "bring the old rows back, or start a new run with another --out")
+
+
+def outputs(run: Path) -> list[Path]:
+    """All that a run writes and a new one in its place removes; other files in the folder are the user's."""
+    names = [folder + end for folder in FOLDERS for end in ("", ".tmp", ".old")]
+    names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "predictions.jsonl", "evaluation.json",
+              "helper.jsonl"]
+    evaluated = [file for file in run.glob("held-out-*.jsonl") if re.fullmatch(r"held-out-\d+", file.stem)]
+    return [run / name for name in [*names, "tensorboard"]] + evaluated
+
+
+def begin(cfg: Any, step: int, examples: list[Example], held_out: list[Example]) -> None:
     """Write down the settings; clear what an overwritten run left, or what came after the checkpoint."""
     if not parallel.is_main():
         return
     run = Path(cfg.out)
-    if not resumed:
-        for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old", "best", "tensorboard"):
-            shutil.rmtree(run / name, ignore_errors=True)
-        # Only what the program writes: the folder may hold other files of yours.
-        for name in ("metrics", "samples", "evaluations", "predictions", "held-out-*", "helper"):
-            for file in run.glob(f"{name}.jsonl"):
-                # Replies that were paid for outlive a crash before the first save.
-                if not (cfg.resume and name == "helper"):
-                    file.unlink()
-        (run / "evaluation.json").unlink(missing_ok=True)
-    saved = dataclasses.asdict(cfg) | {"resume": False}  # what --resume changed holds from now on
+    if not (cfg.resume and (run / "checkpoint").exists()):
+        for path in outputs(run):
+            # Replies that were paid for outlive a crash before the first save.
+            if not (cfg.resume and path.name == "helper.jsonl"):
+                files.remove(path)
+    # What --resume changed holds from now on.
+    saved = dataclasses.asdict(cfg) | {"resume": False, "rows": fingerprint(examples, held_out)}
     files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
         file = run / f"{name}.jsonl"
-        files.write_jsonl(file, [row for row in files.read_jsonl(file) if row["step"] <= last])
+        done = [row for row in files.read_jsonl(file) if isinstance(row.get("step"), int) and row["step"] <= last]
+        files.write_jsonl(file, done)
+
+
+def read_state(run: Path, device: Any) -> dict[str, Any]:
+    """The training state beside a checkpoint's weights. Raises UserError if it is missing or damaged."""
+    file = run / "checkpoint" / "training_state.pt"
+    try:
+        state = torch.load(file, device, weights_only=True)
+        missing = {"step", "optimizer", "scaler", "failures", "kept"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {min(missing)}")
+        return state
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files raise many kinds
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{file}: cannot be read ({reason}); a new run may start from the weights, "
+                        f"--model {run} --out NEW") from None
+
+
+def may_save(failures: int, ended: bool) -> bool:
+    """The main process may, but not while steps in a row fail: the checkpoint before may be the last good one.
+
+    Raises DivergedError if the run has ended so.
+    """
+    if failures > 1 and ended:
+        raise DivergedError(f"the last {failures} steps had a loss or gradient that was not finite; "
+                            "try a lower --lr")
+    return failures < 2 and parallel.is_main()
+
+
+def check_weights(model: Any) -> None:
+    """Raise DivergedError rather than save weights that are not finite."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise DivergedError("the weights are no longer finite; try a lower --lr")
 
 
 def pooling_key(run: Path, cfg: dict[str, Any], changeable: set[str]) -> str:
@@ -96,10 +226,14 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
     """Print three held-out answers before and after, and what was measured. Held-out rows are greedy."""
     if not parallel.is_main():
         return
-    before, *_, after = files.read_jsonl(run / "evaluations.jsonl")
-    old, new = (files.read_jsonl(run / f"held-out-{step}.jsonl") for step in (before["step"], steps))
-    for p, q in zip(old, new, strict=True):
-        if p["name"] in chosen_rows(old, before):
+    evaluated = files.read_jsonl(run / "evaluations.jsonl")
+    before, after = evaluated[0], evaluated[-1]
+    old, new = ({(row["name"], row["question"]): row for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
+                for step in (before["step"], steps))
+    shown = chosen_rows([*old.values()], before)
+    for key, p in old.items():
+        if p["name"] in shown and key in new:
+            q = new[key]
             print(f"\n{q['question']} (answer: {q['answer']}" + (f"; {p['facts']})" if p.get("facts") else ")"))
             for when, said in (("before", p), ("after", q)):
                 print(f"  {when}: {verdict(said)}")
@@ -107,26 +241,26 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
     print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
     for name, key in (("right and in the format", "strict"), ("and with valid thinking", "valid_thinking"),
                       ("in the format", "in_format"), ("last word right, in any format", "any_format")):
-        if after.get(key) is not None:
+        if None not in (before.get(key), after.get(key)):
             print(f"  {name:31} {before[key]:.3f} -> {after[key]:.3f}")
     quoted = shlex.quote(str(run))
     print(f"everything is in {run}; next: python eval.py {quoted}, python eval.py report {quoted}")
 
 
-def chosen_rows(rows: list[dict[str, Any]], summary: dict[str, Any]) -> set[str]:
+def chosen_rows(answers: list[dict[str, Any]], summary: dict[str, Any]) -> set[str]:
     """Names of three rows to show: of the source that the base is worst at, and of two others."""
-    sources = list(dict.fromkeys(row["source"] for row in rows))
+    sources = list(dict.fromkeys(row.get("source") for row in answers))
     sources.sort(key=lambda source: summary.get(f"any_format_{source}", 0.0))
     chosen: list[str] = []
     for source in sources[:1] + sources[:0:-1]:
-        chosen += [row["name"] for row in rows if row["source"] == source][:1]
-    return {*(chosen + [row["name"] for row in rows if row["name"] not in chosen])[:3]}
+        chosen += [row["name"] for row in answers if row.get("source") == source][:1]
+    return {*(chosen + [row["name"] for row in answers if row["name"] not in chosen])[:3]}
 
 
 def verdict(judged: dict[str, Any]) -> str:
     """A held-out response's answer and thinking, judged in words."""
     answer = "answer right" if judged["strict"] else "answer wrong" if judged["in_format"] else "not in the format"
-    if judged["thinking_fault"] is None:
+    if judged.get("thinking_fault") is None:  # without facts, or of an older run
         return answer
     thinking = f"thinking false: {judged['thinking_fault']}" if judged["thinking_fault"] else "thinking valid"
     return f"{answer}; {thinking}"
@@ -152,6 +286,13 @@ def record(file: Path, row: dict[str, Any], board: Any) -> None:
     files.append_row(file, row)
     if board:
         add_scalars(board, file.stem, row)
+
+
+def log_step(run: Path, logged: dict[str, Any], shown: dict[str, Any], board: Any) -> None:
+    """Write down a step's metrics and the group that it shows in full."""
+    if parallel.is_main():
+        record(run / "metrics.jsonl", logged, board)
+        files.append_row(run / "samples.jsonl", shown)
 
 
 def add_scalars(board: Any, title: str, row: dict[str, Any]) -> None:
@@ -210,12 +351,15 @@ def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def finish_step_on_interrupt() -> Iterator[list[int]]:
-    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one stops at once."""
+    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one ends the process at once."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
         if number in received:  # torchrun passes Ctrl-C on as a SIGTERM: that is no second one
-            raise KeyboardInterrupt
+            print("interrupted", file=sys.stderr, flush=True)
+            # Not by an exception, which would wait for threads, and they perhaps for a helper. Files are
+            # whole at any time.
+            os._exit(130)
         received.append(number)
         tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
 
@@ -227,9 +371,15 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+FULL_DISK = "no space left on the disk; make room, then --resume goes on from the last checkpoint"
+
+
 def run_main(program: Callable[[], None]) -> int:
     """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stand-in may not have it
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a question's letters
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -238,9 +388,11 @@ def run_main(program: Callable[[], None]) -> int:
     except UserError as error:
         return complain(str(error), 2)
     except DivergedError as error:
-        return complain(f"{error}; the last checkpoint is kept", 1)
-    except (MemoryError, RuntimeError) as error:
+        return complain(f"{error}; the last checkpoint, if there is one, is kept", 1)
+    except (MemoryError, RuntimeError, SafetensorError) as error:
         text = str(error)  # PyTorch has no classes for these
+        if re.search("No space left|PytorchStreamWriter failed", text):
+            return complain(FULL_DISK, 2)
         if re.search("gloo|NCCL|Connection (closed|reset)", text):
             return complain("another process of this run has ended, see its message; --resume goes on from "
                             "the last checkpoint", 1)
@@ -254,6 +406,12 @@ def run_main(program: Callable[[], None]) -> int:
     except BrokenPipeError:  # the output went into `head` or the like, which has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return complain(FULL_DISK, 2)
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}", 2)
     return 0
 
 

@@ -78,6 +78,8 @@ def implied(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--model {given['model']}: say with --data what to train it on")
     defaults: dict[str, Any] = {}
     if "steps" in given:
+        if given.get("epochs"):
+            raise UserError("--steps and --epochs both set the length of a run; give one of them")
         defaults["epochs"] = 0.0
     if given.get("mode") in ("grpo", "two-stage"):
         # r_t is DyME's: the paper rewards the baselines by r_a alone.
@@ -93,14 +95,22 @@ def flag(name: str) -> str:
 
 
 def read(run: Path, settings: type) -> dict[str, Any]:
-    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's."""
+    """Read a run's `config.json`. Raises UserError if there is none, or it is something else's, or damaged."""
+    file = run / "config.json"
     try:
-        saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
         known = {f.name: f.default for f in dataclasses.fields(settings)}
         if not {"mode", "data", "steps", "prompts"} <= saved.keys():  # a model's, say
             raise ValueError("not a run's")
-    except (OSError, ValueError, AttributeError):
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{run}: is not a run folder (it has no config.json of a run)") from None
+    for f in dataclasses.fields(settings):
+        wanted = (int, float) if f.type is float else f.type
+        value = saved.get(f.name, f.default)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
+            raise UserError(f"{file}: `{f.name}` is {json.dumps(value)[:60]}, not of type {f.type.__name__}")
     # Settings that are retired are ignored; those that came later take their default.
     return known | {name: value for name, value in saved.items() if name in known}
 
@@ -129,20 +139,25 @@ def check_model_name(name: str, known: Iterable[str]) -> None:
 
 LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1,
           "max_new_tokens": 1, "steps": 1, "eval_rows": 1, "helper_concurrency": 1}
+HIGHEST = 1e6  # of settings that are not whole numbers: float32 ends at 3e38
 SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
 
 
-def check(cfg: Any, models: Iterable[str]) -> None:
+def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) -> None:
     """Refuse values that cannot work, naming the flag; `models` are the names that need no folder."""
     if not cfg.resume:
         check_model_name(cfg.model, models)
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: needs `pip install tensorboard`")
     for f in dataclasses.fields(cfg):
-        low = LOWEST.get(f.name, 0)
-        if f.type in (int, float) and not low <= getattr(cfg, f.name) < math.inf:
+        value, low = getattr(cfg, f.name), LOWEST.get(f.name, 0)
+        high = HIGHEST if f.type is float else math.inf
+        if f.type in (int, float) and not low <= value <= high:
             why = " (a group needs two responses for an advantage, Eq. 2)" if f.name == "generations" else ""
-            raise UserError(f"{flag(f.name)} {getattr(cfg, f.name)}: must be at least {low}{why}")
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise UserError(f"{flag(f.name)} {value}: must be at least {low}{limit}{why}")
+        if f.name in choices and value not in choices[f.name]:  # in a config.json, say
+            raise UserError(f"{flag(f.name)} {value}: must be one of {', '.join(choices[f.name])}")
     check_switch(cfg)
     check_helper(cfg)
     if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
@@ -167,10 +182,18 @@ def check_switch(cfg: Any) -> None:
         raise UserError(f"--switch and --helper-url belong to --mode dyme, not {cfg.mode}")
 
 
-def check_stages(mode: str, sft_steps: int, steps: int) -> None:
-    """Refuse a two-stage run that has only one stage."""
-    if mode == "two-stage" and not 0 < sft_steps < steps:
-        raise UserError(f"--sft-steps {sft_steps}: must lie between 0 and the run's {steps} steps")
+def settle_length(cfg: Any, rows: int) -> None:
+    """Turn passes over so many training rows into steps; a resumed run keeps what it has. Raises UserError."""
+    # A step takes `prompts` rows, one of SFT `generations` times as many.
+    targets, sft = cfg.prompts * cfg.generations, 0
+    if cfg.mode == "two-stage":  # the paper sees SFT saturate after one pass
+        sft = cfg.sft_steps = cfg.sft_steps or math.ceil(rows / targets)
+    if cfg.epochs and not cfg.resume:
+        size = targets if cfg.mode == "sft" else cfg.prompts
+        cfg.steps = sft + math.ceil((cfg.epochs * rows - sft * targets) / size)
+    if cfg.mode == "two-stage" and not 0 < sft < cfg.steps:
+        raise UserError(f"--sft-steps {sft}: SFT takes all of the run's {max(0, cfg.steps)} steps; lower it, or "
+                        "raise --steps or --epochs (a step of SFT takes --prompts x --generations rows)")
 
 
 def check_helper(cfg: Any) -> None:

@@ -492,12 +492,12 @@ def test_budget_explores_and_memorizes_failures_when_there_are_enough(
         assert group["mode"] == "exploration"  # failed groups explore as well
     assert trainer.buffer[0].name == examples[9].name
     trainer.buffer[0] = dataclasses.replace(trainer.buffer[0], hint="refined")
-    trainer.failures, trainer.helper = 7, SimpleNamespace(examples=["pool"])
+    trainer.failures, trainer.helper = 1, SimpleNamespace(examples=["pool"])
     dyme.save_checkpoint(tmp_path, trainer, 3)
     again = make_trainer(tiny, CORRECT, switch="budget:2")
     again.helper = SimpleNamespace(examples=[])
     assert dyme.load_checkpoint(tmp_path, again, examples) == 3 and again.buffer == trainer.buffer
-    assert again.failures == 7 and again.helper.examples == ["pool"]
+    assert again.failures == 1 and again.helper.examples == ["pool"]
 
 
 # ---- The report -----------------------------------------------------------------------------------
@@ -835,7 +835,7 @@ def test_cuda_attention_with_a_mask_and_very_negative_scores_has_finite_gradient
 def test_shared_prompts_use_a_fast_attention_kernel_and_train_on_a_gpu(examples: list[Example]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     policy = cuda_policy()
-    trainer = dyme.make_trainer(Config(lr=1e-3, generations=4, max_new_tokens=24), policy, "")
+    trainer = dyme.make_trainer(Config(lr=1e-3, generations=4, max_new_tokens=24), policy)
     trainer.score = benchmark.coin_flips
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # or an error
         metrics, _ = take(trainer, examples[:4], 0, "dyme", 1e-3)
