@@ -1,25 +1,44 @@
 """Reading rows and images from files, and your own rows."""
 
+import contextlib
 import hashlib
 import json
+import re
+import zipfile
+import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from reward import Example
+from support import parallel
 from support.errors import UserError
 
 T = TypeVar("T")
 
+# What reading a file raises, on disk or in a zip: there, encryption is a RuntimeError.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
-def parse_rows(file: Path) -> list[Any]:
-    """The rows of a .json list or a .jsonl file. Raises UserError naming the file, and the line of a .jsonl."""
-    where = ""
+
+def read_text(file: Any, errors: str = "strict") -> str:
+    """The text of a UTF-8 file, on disk or in a zip. Raises UserError naming it."""
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
+        return file.read_bytes().decode("utf-8-sig", errors)
+    except UNREADABLE as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+
+
+def parse_rows(file: Any) -> list[Any]:
+    """The rows of a .json list or a .jsonl file, on disk or in a zip.
+
+    Raises UserError naming the file, and the line of a .jsonl.
+    """
+    where, text = "", read_text(file)
+    try:
+        if PurePosixPath(file.name).suffix == ".jsonl":
             rows = []
             # Not splitlines(), which also splits at other separators that JSON strings may hold.
             for number, line in enumerate(text.split("\n"), 1):
@@ -28,11 +47,33 @@ def parse_rows(file: Path) -> list[Any]:
                     rows.append(json.loads(line))
         else:
             rows = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({where}{error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds no list of rows")
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # else no row can hold a half character
+        rows = mend_rows(rows, file)
     return rows
+
+
+def mend_rows(rows: list[Any], file: Any) -> list[Any]:
+    """Replace half characters (lone surrogates), which no tokenizer takes and no file can hold, by U+FFFD."""
+
+    def mend(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if isinstance(value, list):
+            return [mend(item) for item in value]
+        if isinstance(value, dict):
+            return {mend(key): mend(item) for key, item in value.items()}
+        return value
+
+    mended = mend(rows)
+    changed = [i for i, (old, new) in enumerate(zip(rows, mended, strict=True), 1) if old != new]
+    if changed and parallel.is_main():
+        print(f"{file}: {len(changed)} rows hold half a character (a lone surrogate), which is read as U+FFFD; "
+              f"the first is row {changed[0]}")
+    return mended
 
 
 def read_rows(path: Path, split: str) -> list[Example]:
@@ -76,13 +117,31 @@ def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
         try:
             with path.open("rb") as file:
                 image = Image.open(file)
-                return image if header_only else image.convert("RGB")
+                return image if header_only else to_rgb(image)
         except Exception as error:  # noqa: BLE001 - decoders raise many kinds, all alike to the user
-            reason = type(error).__name__
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"{name}: the image {path.name} is missing or unreadable ({reason})") from None
 
     open_image(header_only=True)
     return open_image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it: upright, on white where it is transparent, with 8 bits a channel."""
+    image.load()
+    with contextlib.suppress(Exception):  # broken notes raise many kinds; the picture itself is whole
+        image = ImageOps.exif_transpose(image)  # cameras note how they were held
+    if image.mode.startswith(("I", "F")):
+        # 16 and 32 bits or floats: convert() would cut off what is above 255.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # White is 65535 for 16 bits; else it is not written down, but one of these is usual.
+        whites = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
+        white = next((w for w in whites if values.max() <= w), values.max())
+        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
