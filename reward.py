@@ -78,9 +78,9 @@ def reference_response(example: Example) -> str:
 
 
 def final_answer(completion: str) -> str:
-    """The text after the last flag, else the whole text: what the *official* accuracy looks at."""
+    """The text after the last flag, else all of it, less a full stop (as in the release): for *official*."""
     thinking, answers = split_response(completion)
-    return answers[-1] if answers else thinking
+    return (answers[-1] if answers else thinking).rstrip(". ")
 
 
 # ---- Comparing answers ---------------------------------------------------------------------------

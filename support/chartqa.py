@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import math
 import re
 import zipfile
@@ -13,23 +12,19 @@ from typing import Any
 
 import reward
 from reward import Example
-from support import parallel, rows
+from support import hub, parallel, rows
 from support.errors import UserError
 
-CHARTQA = {"repo_id": "ahmed-masry/ChartQA", "filename": "ChartQA Dataset.zip", "repo_type": "dataset",
-               "revision": "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"}
+HUB = "ahmed-masry/ChartQA"
+FILE = "ChartQA Dataset.zip"
+REVISION = "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"
 
 
 def find(data: str) -> Any:
     """Find the folder that holds train/, val/ and test/: downloaded (875 MB), local, or inside a zip."""
     if data == "chartqa":
-        from huggingface_hub import hf_hub_download
-        try:
-            data = hf_hub_download(**CHARTQA)
-        except Exception as error:  # noqa: BLE001 - the client raises many kinds, all alike to the user
-            page = f"https://huggingface.co/datasets/{CHARTQA['repo_id']}"
-            raise UserError(f"--data chartqa: the download failed ({type(error).__name__}); get "
-                            f"\"{CHARTQA['filename']}\" from {page} and give its path with --data") from None
+        advice = f"get it from https://huggingface.co/datasets/{HUB} and give its path with --data"
+        data = hub.download(data, HUB, FILE, advice, REVISION)
     try:
         root = zipfile.Path(data) if Path(data).is_file() else Path(data)
     except zipfile.BadZipFile:
@@ -41,9 +36,8 @@ def find(data: str) -> Any:
                     "that holds train/, val/ and test/ as ChartQA does")
 
 
-def read(root: Any, split: str, augmented: bool, hints_file: str) -> list[Example]:
+def read(root: Any, split: str, augmented: bool) -> list[Example]:
     """Read a ChartQA split, with facts and trace from each chart's table; say what cannot be used."""
-    hints = read_hints(hints_file) if hints_file else None
     notes: Counter[str] = Counter()
     examples, images = [], []
     # Without a val folder a tenth of train is held back.
@@ -52,9 +46,9 @@ def read(root: Any, split: str, augmented: bool, hints_file: str) -> list[Exampl
     training = split == "train" or held_back
     for kind in ("human", "augmented") if augmented or not training else ("human",):
         file = part / f"{part.name}_{kind}.json"
-        for i, entry in enumerate(read_entries(file), 1):
+        for i, entry in enumerate(rows.parse_rows(file) if file.exists() else [], 1):
             name = f"{file.name} row {i}"
-            example = read_entry(part, entry, kind, name, hints)
+            example = read_entry(part, entry, kind, name)
             if example is None:
                 notes[f"skipped for an empty question or answer (the first: {name})"] += 1
                 continue
@@ -70,19 +64,7 @@ def read(root: Any, split: str, augmented: bool, hints_file: str) -> list[Exampl
     return examples
 
 
-def read_entries(file: Any) -> list[Any]:
-    """The entries of a file on disk or in a zip; none if it does not exist. Raises UserError."""
-    try:
-        entries = json.loads(file.read_bytes().decode("utf-8")) if file.exists() else []
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(entries, list):
-        raise UserError(f"{file}: holds no list of rows")
-    return entries
-
-
-def read_entry(part: Any, entry: Any, kind: str, name: str,
-               hints: dict[tuple[str, str], str] | None) -> Example | None:
+def read_entry(part: Any, entry: Any, kind: str, name: str) -> Example | None:
     """One question about a chart; None if question or answer is empty. Raises UserError naming it."""
     entry = entry if isinstance(entry, dict) else {}
     if not all(isinstance(entry.get(key), str) for key in ("imgname", "query", "label")):
@@ -93,35 +75,21 @@ def read_entry(part: Any, entry: Any, kind: str, name: str,
     if not question or not answer:
         return None
     table = read_table(part / "tables" / f"{Path(image).stem}.csv")
-    hint = chart_trace(table, question, answer) if hints is None else hints.get((question, answer))
     opener = rows.image_opener(part / "png" / image, name)
-    return Example(question, answer, opener, hint, table_facts(table) or None, kind, name)
-
-
-def read_hints(file: str) -> dict[tuple[str, str], str]:
-    """Read a released trace file as {(question, answer): trace}, without pairs that have several traces."""
-    traces: dict[tuple[str, str], set[str]] = {}
-    try:
-        for row in json.loads(Path(file).read_text(encoding="utf-8")):
-            pair = row["question"].strip(), str(row["answer"]).strip()
-            traces.setdefault(pair, set()).add(row["hint"].strip())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"is not a JSON list of {{question, answer, hint}} ({error!r})"
-        raise UserError(f"--hints {file}: {reason}") from None
-    return {pair: found.pop() for pair, found in traces.items() if len(found) == 1}
+    return Example(question, answer, opener, chart_trace(table, question, answer), table_facts(table) or None,
+                   kind, name)
 
 
 # ---- Thinking traces from a chart's table --------------------------------------------------------
 
 
 def read_table(path: Any) -> list[list[str]]:
-    """Read a chart's CSV table; empty if there is none or it has no values."""
+    """Read a chart's CSV table; empty if there is none or it has no values. Raises UserError."""
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode("utf-8-sig", errors="replace")
-        lines = list(csv.reader(io.StringIO(text)))
-    except (OSError, csv.Error, zipfile.BadZipFile):
+        lines = list(csv.reader(io.StringIO(rows.read_text(path, errors="replace"))))
+    except csv.Error:
         return []
     return [[cell.strip() for cell in line] for line in lines if len(line) > 1]
 

@@ -1,15 +1,28 @@
 """What `--data` names: the toy, ChartQA, another domain, or your own rows."""
 
+import zipfile
 from pathlib import Path
 
 from reward import Example
-from support import chartqa, domains, rows, toy
+from support import chartqa, domains, references, rows, toy
 from support.errors import UserError
 
 
 def load_data(data: str, split: str, traces: str = "low", augmented: bool = False,
               hints: str = "") -> list[Example]:
-    """Load a split (train, val or test) of what `data` names. Raises UserError if it cannot be used."""
+    """Load a split (train, val or test) of what `data` names; `hints` are traces for train.
+
+    Raises UserError if it cannot be used.
+    """
+    try:
+        examples = read(data, split, traces, augmented)
+    except (OSError, zipfile.BadZipFile) as error:  # no permission, say
+        raise UserError(f"--data {data}: cannot be read ({error})") from None
+    return references.join(examples, hints) if hints and split == "train" else examples
+
+
+def read(data: str, split: str, traces: str, augmented: bool) -> list[Example]:
+    """Read a split of the toy, a domain, own rows or ChartQA."""
     path = Path(data)
     if data == "toy":
         return toy.make_examples(split, traces)
@@ -17,7 +30,7 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
         return domains.read(data, split)
     if path.suffix in (".json", ".jsonl"):
         return rows.read_rows(path, split)
-    examples = chartqa.read(chartqa.find(data), split, augmented, hints)
+    examples = chartqa.read(chartqa.find(data), split, augmented)
     if not examples:
         raise UserError(f"--data {data}: the split {split} has no usable row")
     return examples

@@ -1,6 +1,7 @@
 """Other domains: a reader of rows and a check of answers each."""
 
 import fnmatch
+import functools
 import re
 import zipfile
 from collections import Counter
@@ -13,7 +14,7 @@ from PIL import Image
 
 import reward
 from reward import NUMBER, Example
-from support import rows
+from support import hub, rows
 from support.errors import UserError
 
 
@@ -43,7 +44,7 @@ def read(data: str, split: str) -> list[Example]:
     for i, row in enumerate(rows.parse_rows(found[0]), 1):
         try:
             example = domain.row(row, root, f"{found[0].name} row {i}")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{found[0].name} row {i}: is not a row of {name} ({error!r})") from None
         examples += [example] if example else []
     if not examples:
@@ -58,11 +59,7 @@ def download(name: str, domain: Domain) -> Path:
     advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
     if not domain.hub:
         raise UserError(f"--data {name}: cannot be downloaded from here; {advice}")
-    from huggingface_hub import hf_hub_download
-    try:
-        paths = [hf_hub_download(domain.hub[0], file, repo_type="dataset") for file in domain.hub[1:]]
-    except Exception as error:  # noqa: BLE001 - the client raises many kinds, all alike to the user
-        raise UserError(f"--data {name}: the download failed ({type(error).__name__}); {advice}") from None
+    paths = [hub.download(name, domain.hub[0], file, advice) for file in domain.hub[1:]]
     return Path(paths[0]).parent
 
 
@@ -72,21 +69,40 @@ def find_image(root: Path, folders: Iterable[str], image: str, name: str) -> Cal
         if (root / folder / image).is_file():
             return rows.image_opener(root / folder / image, name)
         if (root / f"{folder}.zip").is_file():
-            inside = zipfile.Path(root / f"{folder}.zip")
+            inside = open_zip(root / f"{folder}.zip")
             inside = inside / folder if (inside / folder).is_dir() else inside
             return rows.image_opener(inside / image, name)
     return rows.image_opener(root / next(iter(folders)) / image, name)
 
 
+@functools.cache
+def open_zip(file: Path) -> zipfile.Path:
+    """A zip, opened once for all rows: each opening reads its list of files, and keeps a file open."""
+    return zipfile.Path(file)
+
+
 def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
-    """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right; soft accuracy is reported."""
-    answers, choices = row["direct_answers"], row["choices"]
-    image = f"{row['image_id']:012}.jpg"
-    scores = {"official": lambda answer: min(sum(reward.plain(answer) == reward.plain(a) for a in answers) / 3, 1.0),
-              "multiple_choice": lambda answer: reward.plain(answer) == reward.plain(choices[row["correct_choice_idx"]])}
-    return Example(row["question"], Counter(answers).most_common(1)[0][0],
-                   find_image(root, (f"{row['split']}2017", "images"), image, name),
-                   row["rationales"][0] if row["rationales"] else None, name=name, scores=scores,
+    """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right.
+
+    Two scores are named: *official* is the published soft accuracy, *any_match* that of the DyME release. As
+    there, the target is the correct choice (if it is a direct answer), the trace the longest rationale.
+    """
+    answers, choices = row["direct_answers"], row.get("choices") or []
+    said = Counter(reward.plain(answer) for answer in answers)
+    scores: dict[str, Callable[[str], float]] = {
+        "official": lambda answer: min(said[reward.plain(answer)] / 3, 1.0),
+        "any_match": lambda answer: float(reward.plain(answer) in said)}
+    target = Counter(answers).most_common(1)[0][0]
+    if choices:
+        index = row["correct_choice_idx"]
+        if index not in range(len(choices)):
+            raise ValueError(f"correct_choice_idx {index} is none of its choices")
+        choice = choices[index]
+        scores["multiple_choice"] = lambda answer: float(reward.plain(answer) == reward.plain(choice))
+        target = choice if reward.plain(choice) in said else target
+    image = find_image(root, (f"{row['split']}2017", "images"), f"{row['image_id']:012}.jpg", name)
+    return Example(row["question"], target, image, max(row["rationales"], key=len, default=None), name=name,
+                   scores=scores,
                    accepts=lambda answer, limit: any(reward.answers_match(answer, a, limit) for a in answers))
 
 
@@ -94,7 +110,9 @@ def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
     """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by recall of words."""
     if row["q_lang"] != "en":
         return None
-    closed, words = row["answer_type"] == "CLOSED", words_of(row["answer"])
+    words = words_of(row["answer"])
+    # An answer without a word ("+", say) has no recall: it must be met exactly.
+    closed = row["answer_type"] == "CLOSED"
 
     def recall(answer: str) -> float:
         return len(words & words_of(answer)) / len(words)
@@ -102,7 +120,7 @@ def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
     def exact(answer: str) -> float:
         return float(reward.plain(answer) == reward.plain(row["answer"]))
 
-    score = exact if closed else recall
+    score = exact if closed or not words else recall
     return Example(row["question"], row["answer"], find_image(root, ("imgs",), row["img_name"], name),
                    source="closed" if closed else "open", name=name, scores={"official": score},
                    accepts=lambda answer, _: score(answer) == 1)

@@ -15,7 +15,7 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
     verdict = reward.verify(response, example, finished, tolerance=0.05)
     answer, (thinking, _) = reward.final_answer(response), reward.split_response(response)
     scores = {name: score(answer) for name, score in example.scores.items()}
-    official = scores.pop("official", reward.relaxed_match(answer, example.answer))
+    official = scores.pop("official", reward.relaxed_match(answer, example.answer.rstrip(". ")))
     grounded, quoted = reward.groundedness(thinking, example.facts or "", example.question)
     fault = reward.thinking_fault(response, example) if example.facts else None
     return {"name": example.name, "source": example.source, "question": example.question,
@@ -48,8 +48,9 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
         by_part = {f"official_{name}": mean("official", rows) for name, rows in sorted(sources.items())}
         summary["official"] = sum(by_part.values()) / len(by_part)
         summary |= by_part if len(by_part) > 1 else {}
-    for name in predictions[0]["scores"]:  # a data set's own, such as multiple_choice
-        summary[name] = mean(name, [row["scores"] for row in predictions])
+    # A data set's own, such as multiple_choice; rows without choices have no such score.
+    for name in dict.fromkeys(name for row in predictions for name in row["scores"]):
+        summary[name] = mean(name, [row["scores"] for row in predictions if name in row["scores"]])
     for key in ("valid_thinking", "in_format", "finished", "length"):
         summary[key] = mean(key, predictions)
     quoted = sum(row["quoted_numbers"] for row in predictions)

@@ -1,7 +1,16 @@
 """Short names of the models that the paper uses or that are near to them."""
 
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from reward import Example
+from support import hub, toy
 from support.errors import UserError
 
 NAMES = {
@@ -22,14 +31,59 @@ NAMES = {
 }
 
 
-def loading_error(name: str, error: Exception) -> UserError:
-    """Why a model cannot be loaded, in one line, and what to do."""
-    reason = " ".join(str(error).split())[:200]
-    advice = f"give a hub id, a directory or one of {[*NAMES]}"
-    for package in ("torchvision", "num2words"):
-        if package in reason.lower():
-            advice = f"pip install {package}"
-    return UserError(f"--model {name}: cannot be loaded ({reason}); {advice}")
+def source(name: str) -> str:
+    """The directory or hub id of a model: of `tiny`, a run's last weights, a short name, or itself."""
+    run = Path(name) / "checkpoint"
+    return str(toy.BASE) if name == "tiny" else str(run) if run.is_dir() else NAMES.get(name, name)
+
+
+def loader_options(source: str) -> dict[str, bool]:
+    """How to load a directory or hub id. Raises ValueError if it can be neither."""
+    local = Path(source).is_dir()
+    if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError("no such directory, nor the form of a hub id")
+    # Said aloud, because transformers would ask on the terminal whether a model's own code may run. And a hub
+    # that is silent would be waited for again and again, file by file.
+    return {"trust_remote_code": False, "local_files_only": not local and bool(hub.silence())}
+
+
+def find(name: str) -> None:
+    """Look a hub id up, before data is downloaded or a run folder made for it. Raises UserError."""
+    if not Path(source(name)).exists():
+        with errors_told(name):
+            AutoConfig.from_pretrained(source(name), **loader_options(source(name)))
+
+
+@contextlib.contextmanager
+def errors_told(name: str) -> Iterator[None]:
+    """Turn whatever loading a model raises into a UserError: why in one line, and what to do."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
+        reason = " ".join(str(error).split())[:200]
+        advice = f"give a hub id, a directory or one of {[*NAMES]}"
+        # Of a name that cannot be a hub id the hub was not asked.
+        if "/" in source(name) and not Path(source(name)).exists() and hub.silence():
+            reason = f"{hub.silence()}, and {source(name)} is not on this machine, or not all of it"
+        if "trust_remote_code" in str(error):
+            advice = "a model that brings its own code is not run here"
+        for package in ("torchvision", "num2words"):
+            if package in str(error).lower():
+                advice = f"pip install {package}"
+        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
+
+
+def context(model: Any) -> float:
+    """How many tokens a model can take, prompt and response together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def check_room(model: Any, examples: list[Example], lengths: list[int], room: int) -> None:
+    """Raise UserError naming a row whose prompt, of so many tokens, leaves no `room` for a response."""
+    for example, length in zip(examples, lengths, strict=True):
+        if length + room > context(model):
+            raise UserError(f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
+                            f"model's context of {context(model)}; lower --image-edge or --max-new-tokens")
 
 
 def apply_template(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
