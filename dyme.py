@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from reward import Example, reference_response, thinking_f1, verify
 from support import ablations, attention, cache, feed, files, graphs, judging, memory, metrics
-from support import models, parallel, rows, runs, samples, settings, supervision, toy, vision
+from support import models, parallel, references, rows, runs, samples, settings, supervision, vision
 from support.errors import DivergedError, UserError
 
 Model = torch.nn.Module
@@ -79,7 +79,7 @@ class Config:
     # Data and repeatability
     seed: int = 0  # data order and sampling; on the CPU it makes a run reproducible
     traces: str = "low"  # toy: quality of the thinking traces: high, medium, low (ungrounded)
-    hints: str = ""  # chartqa: a released DyME trace file, joined by question and answer
+    hints: str = ""  # a trace file of the release: train on the rows that it has a trace for
     augmented: bool = False  # chartqa: train on the machine-written questions too
     image_edge: int = 0  # longest image edge in pixels (0: the processor's own)
     vision_cache: float = 0.0  # GiB to keep the frozen tower's output in for later epochs
@@ -157,32 +157,25 @@ class Policy:
 def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load `tiny`, a short name, hub id, directory or run folder. Raises UserError."""
     settings.check_model_name(name, {"tiny", *models.NAMES})
-    run = Path(name) / "checkpoint"
-    source = str(run) if run.is_dir() else models.NAMES.get(name, name)
-    if name == "tiny":
-        source = str(toy.BASE)
-    try:
-        model, processor, missing = load_pretrained(source)
-    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
-        raise models.loading_error(name, error) from None
-    if missing:
-        raise UserError(f"--model {name}: has no weights for {min(missing)}")
+    with models.errors_told(name):
+        model, processor = load_pretrained(models.source(name))
     parallel.limit_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
 
 
-def load_pretrained(source: str) -> tuple[Model, Any, list[str]]:
-    """Load a directory or hub id: (model, processor, names of weights that it lacks)."""
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise ValueError("no such directory, nor the form of a hub id")
+def load_pretrained(source: str) -> tuple[Model, Any]:
+    """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
+    options = models.loader_options(source)  # among them trust_remote_code=False
     # The processor of a text-only model is its tokenizer.
-    processor = transformers.AutoProcessor.from_pretrained(source)
+    processor = transformers.AutoProcessor.from_pretrained(source, **options)
     loader = transformers.AutoModelForImageTextToText
-    if type(transformers.AutoConfig.from_pretrained(source)) not in loader._model_mapping:
+    if type(transformers.AutoConfig.from_pretrained(source, **options)) not in loader._model_mapping:
         loader = transformers.AutoModelForCausalLM
     model, info = loader.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    return model, processor, [*info["missing_keys"]]
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
+    return model, processor
 
 
 def make_policy(model: Model, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
@@ -290,26 +283,28 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
         names = " or ".join(example.name for example in examples)
         raise UserError(f"{names}: the processor refuses the prompt ({error})") from None
 
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
-    for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
-        if length + room > limit:
-            raise UserError(
-                f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
-                f"model's context of {limit}; lower --image-edge or --max-new-tokens")
+    models.check_room(policy.model, examples, inputs["attention_mask"].sum(1).tolist(), room)
     if "pixel_attention_mask" in inputs:  # as int64 it is nearly as large as the images
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
     return to_device(inputs, policy.device)
 
 
-def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int) -> Inputs:
+def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int,
+                 prompt: str = PROMPT) -> Inputs:
     """`encode_prompts` in a thread, with a processor of its own; ready to go to the device."""
     own = replace(policy, device=torch.device("cpu"), processor=processor)
-    return feed.for_device(encode_prompts(own, examples, room), policy.device)
+    return feed.for_device(encode_prompts(own, examples, room, prompt), policy.device)
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """Copy a micro-batch to the device; from pinned memory this takes none of the CPU's time."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def full_length(policy: Policy, example: Example) -> int:
+    """Tokens of a row's prompt and reference together."""
+    prompt = encode_prompts(policy, [example], room=0)["input_ids"]  # (1, L)
+    return prompt.shape[1] + len(target_ids(policy, example))
 
 
 # ---- Rollout: a prompt is encoded once, images included; its K responses share the result --------
@@ -946,12 +941,12 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 
 
 def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, draws: int = 0,
-            temperature: float = 1.0, seed: int = 0) -> Iterator[dict[str, Any]]:
+            temperature: float = 1.0, seed: int = 0, prompt: str = PROMPT) -> Iterator[dict[str, Any]]:
     """Judged answers to rows: a greedy one each, or so many `draws`."""
     K, parts, start = draws or 1, [*parallel.chunks(examples, batch)], 0
 
     def encode(part: list[Example], processor: Any) -> Inputs:
-        return encode_ahead(policy, part, processor, max_new_tokens)
+        return encode_ahead(policy, part, processor, max_new_tokens, prompt)
 
     quiet = True if len(parts) == 1 or not parallel.is_main() else None
     stream = feed.in_threads(encode, policy.processor, parts, ahead=4)
@@ -1126,6 +1121,8 @@ def micro_batches(cfg: Config, prompts: int) -> int:
 
 def train(cfg: Config) -> None:
     """Carry out a run in its folder, where no other process may be."""
+    if not cfg.resume:
+        models.find(cfg.model)  # before its data is downloaded
     with runs.opened(cfg) as (examples, held_out):
         carry_out(cfg, examples, held_out)
 
@@ -1135,6 +1132,7 @@ def carry_out(cfg: Config, examples: list[Example], held_out: list[Example]) -> 
     run, device = Path(cfg.out), parallel.select_device(cfg.device)
     resumed = cfg.resume and (run / "checkpoint").exists()
     policy = load_policy(str(run) if resumed else cfg.model, device, cfg.image_edge)
+    examples = references.check(examples, policy, lambda example: full_length(policy, example))
     trainer = make_trainer(cfg, policy)
     with parallel.errors_shared():
         if trainer.helper:
