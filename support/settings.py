@@ -162,10 +162,11 @@ def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) ->
     check_helper(cfg)
     if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
         raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
-    of_chartqa = not cfg.data.endswith((".json", ".jsonl", "toy"))
-    of_chartqa = of_chartqa and cfg.data.partition(":")[0] not in domains.DOMAINS
-    if (cfg.hints or cfg.augmented) and not of_chartqa:
-        raise UserError("--hints and --augmented belong to ChartQA data; your own rows have a field `hint`")
+    published = not cfg.data.endswith((".json", ".jsonl", "toy"))
+    if cfg.hints and not published:
+        raise UserError("--hints belongs to published data sets; your own rows have a field `hint`")
+    if cfg.augmented and (not published or cfg.data.partition(":")[0] in domains.DOMAINS):
+        raise UserError("--augmented belongs to ChartQA data")
     if cfg.model == "tiny" and cfg.data != "toy":
         raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
 
