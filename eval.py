@@ -3,7 +3,7 @@
     python eval.py runs/tiny-toy-dyme-s0                      # a run, on the test split of its data
     python eval.py runs/*-dyme-s? runs/*-grpo-s? --best       # a table; the best weights by val
     python eval.py tiny                                       # the toy's base, before any training
-    python eval.py SmolVLM-256M --data chartqa --limit 100    # a base model
+    python eval.py SmolVLM-256M --data chartqa --prompt direct  # a base model, not asked to think
     python eval.py runs/tiny-toy-dyme-s0 --samples 8          # pass@8 and majority@8 as well
     python eval.py report runs/*                              # a page that shows them think
 
@@ -20,11 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dyme import CHANGEABLE_ON_RESUME, Config, load_policy, respond
+from dyme import CHANGEABLE_ON_RESUME, PROMPT, Config, load_policy, respond
 from support import data, files, judging, models, parallel, report, rows, runs, settings
 from support.errors import UserError
 
 COLUMNS = ("strict", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
+# The base rows of the paper's main table are asked for the answer alone.
+PROMPTS = {"think": PROMPT, "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=[], metavar="X", help="the same")
     parser.add_argument("--best", action="store_true", help="a run's best weights by val, not its last")
     add("--data", "", "as for dyme.py [a run's own data, else toy]")
+    parser.add_argument("--prompt", choices=PROMPTS, default="think",
+                        help="ask for thinking and the format [think], or for the answer alone: read `official` then")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [a toy run's own, else 1024]")
@@ -86,13 +90,14 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     if toy:
         max_new_tokens = saved.get("max_new_tokens", Config.max_new_tokens)
     max_new_tokens = args.max_new_tokens or max_new_tokens
-    batch = args.batch or (64 if toy else 8)
-    predictions = list(respond(policy, examples, max_new_tokens, batch))
-    summary = {"model": name, "weights": weights, "data": source} | judging.summarise(predictions)
+    batch, prompt = args.batch or (64 if toy else 8), PROMPTS[args.prompt]
+    predictions = list(respond(policy, examples, max_new_tokens, batch, prompt=prompt))
+    about = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
+    summary = about | judging.summarise(predictions)
     if args.samples:
         k = args.samples
         drawn = list(respond(policy, examples, max_new_tokens, max(1, batch // k), k, args.temperature,
-                             args.seed))
+                             args.seed, prompt))
         groups = list(parallel.chunks(drawn, k))
         summary |= vote(groups)
         for prediction, group in zip(predictions, groups, strict=True):
@@ -139,7 +144,8 @@ def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line per model, then mean and range over the seeds of each setting that has several."""
-    extra = [key for key in table[0] if key.startswith(("official_", "strict_", "pass@", "majority@"))]
+    starts = ("official_", "strict_", "any_match", "multiple_choice", "pass@", "majority@")
+    extra = dict.fromkeys(key for row in table for key in row if key.startswith(starts))
     columns = [*COLUMNS, *extra]
     width = max(len(row["model"]) for row in table)
     heads = " ".join(f"{column:>12.18}" for column in columns)
