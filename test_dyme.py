@@ -627,6 +627,7 @@ def test_missing_template_and_missing_package_are_one_line(tiny: Policy, tmp_pat
     def fail(*_: Any, **__: Any) -> None:
         raise ImportError("Processor requires the Torchvision library")
     monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr("support.hub.silence", lambda: "")  # no waiting for a network
     with pytest.raises(UserError, match="pip install torchvision$"):
         dyme.load_policy("Qwen2.5-VL-3B", CPU)
 
@@ -1077,7 +1078,7 @@ def test_vote_by_hand() -> None:
 @pytest.mark.parametrize("flags, says", [
     (["--bogus"], "--bogus"), (["--temperatur", "1"], "did you mean --temperature?"),
     (["--model", "SmolVLM-256M"], "--model SmolVLM-256M: say with --data"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
-    (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", "a/x"], "missing.json"),
+    (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", str(toy.BASE)], "missing.json"),
     (["--data", "chartqa", "--model", "SmolVLM-265M"], "--model SmolVLM-265M: no such folder"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
     (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), 
