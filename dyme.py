@@ -5,7 +5,11 @@ Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the da
 settings, policy, prompts, rollout, rewards and advantages, switch, loss, step, run.
 
 The paper on one screen is `train_step`. Rewards are in reward.py; what the paper takes for granted
-(data, run folders, processes) is in support/.
+(data, run folders, processes) is in support/. With one process, all of `parallel` does nothing.
+
+Letters in shapes: P prompts, K responses to each (a group), N = P K responses or sequences;
+L tokens of a prompt, T of a response; R packed rows of Q tokens, M tokens to predict; V words, D width.
+With several processes p is this one's part of P.
 
     python dyme.py                                      # a tiny VLM on toy charts, on a CPU
     python dyme.py --mode grpo --seed 1                 # a baseline on the same path
@@ -26,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -94,7 +97,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
-# As in the release's main configuration (K = 8 as well). Warm-up is our addition.
+# Settings for real data: the release's main configuration (K = 8 there too), and a warm-up.
 REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300,
         "warmup": 50, "sft_steps": 0, "eval_rows": 200}
 LEARNING_RATES = {
@@ -158,24 +161,9 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load `tiny`, a short name, hub id, directory or run folder. Raises UserError."""
     settings.check_model_name(name, {"tiny", *models.NAMES})
     with models.errors_told(name):
-        model, processor = load_pretrained(models.source(name))
+        model, processor = models.load_pretrained(models.source(name))
     parallel.limit_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
-
-
-def load_pretrained(source: str) -> tuple[Model, Any]:
-    """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
-    options = models.loader_options(source)  # among them trust_remote_code=False
-    # The processor of a text-only model is its tokenizer.
-    processor = transformers.AutoProcessor.from_pretrained(source, **options)
-    loader = transformers.AutoModelForImageTextToText
-    if type(transformers.AutoConfig.from_pretrained(source, **options)) not in loader._model_mapping:
-        loader = transformers.AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
-    return model, processor
 
 
 def make_policy(model: Model, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
@@ -286,7 +274,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
     models.check_room(policy.model, examples, inputs["attention_mask"].sum(1).tolist(), room)
     if "pixel_attention_mask" in inputs:  # as int64 it is nearly as large as the images
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
-    return to_device(inputs, policy.device)
+    return feed.to_device(inputs, policy.device)
 
 
 def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int,
@@ -296,11 +284,6 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
     return feed.for_device(encode_prompts(own, examples, room, prompt), policy.device)
 
 
-def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Copy a micro-batch to the device; from pinned memory this takes none of the CPU's time."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-
-
 def full_length(policy: Policy, example: Example) -> int:
     """Tokens of a row's prompt and reference together."""
     prompt = encode_prompts(policy, [example], room=0)["input_ids"]  # (1, L)
@@ -308,6 +291,8 @@ def full_length(policy: Policy, example: Example) -> int:
 
 
 # ---- Rollout: a prompt is encoded once, images included; its K responses share the result --------
+#
+# On a first reading: `encode_prefix`, then `rollout` at the end; between is what makes it fast.
 
 
 @dataclass
@@ -324,7 +309,7 @@ def encode_prefix(model: Model, inputs: Inputs) -> Prefix:
     """Run prompts and images through the model once, with gradients if enabled."""
     # The base model, without the head: no logits are made for the prompt.
     base, mask = model.base_model, inputs["attention_mask"]
-    # Qwen-VL sets this; a batch without images would inherit it from the one before.
+    # A pass of Qwen-VL sets this: not cleared, a batch without images would inherit the last one's.
     base.rope_deltas = None
     out = base(**inputs, use_cache=True)
     # Padding counts as positions. With rotary embeddings only distances matter, and there is no
@@ -347,8 +332,8 @@ def repeat_prompts(prefix: Prefix, prompts: Tensor) -> Prefix:
 def extend(model: Model, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
     """Run tokens `ids: (P, Q)` of several responses to a prompt as one row; states (P, Q, D).
 
-    They stand at `offsets: (P, Q)` from the prompt's end. Each sees the prompt and, of the Q'
-    tokens now after it, what `visible: (P, Q, Q')` marks: its own response so far.
+    They stand at `offsets: (P, Q)` from the prompt's end. Each sees its prompt and, of the Q'
+    response tokens in the cache by then, those that `visible: (P, Q, Q')` marks: its own response.
     """
     # So K responses share one copy of their prompt's keys and values, when sampling and in the
     # update. Repeating the prompt K times would take K times its memory and time.
@@ -383,8 +368,8 @@ class Rollout:
 def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: int,
                    tokens: int) -> Tensor:
     """Random numbers in [0, 1), (P*K, T), that depend on (seed, step, prompt, k) alone."""
-    # Drawn in order instead, samples would change with a resume, with the micro-batch and with
-    # the number of processes.
+    # If they were drawn in order, samples would depend on resuming, on the micro-batch and on the
+    # number of processes.
     uniforms = []
     for prompt in prompts:
         for k in range(generations):
@@ -402,7 +387,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         return logits.argmax(-1), torch.zeros_like(uniform)
     logp = F.log_softmax(logits / temperature, dim=-1)  # (N, V)
     p = logp.exp()
-    # Scaled by the last sum, which rounding may leave below 1: no draw falls past the end.
+    # The draw is scaled by the last sum, which rounding may leave below 1: none falls past the end.
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
     entropy = -(p * logp.clamp(min=-100)).sum(-1)  # without the clamp 0 * -inf would be nan
@@ -436,9 +421,9 @@ class Decoder:
         self.temperature, self.pad_id = temperature, pad_id
         self.end_ids = torch.tensor(end_ids, device=device)
 
-        # The newest token of all responses is number `t`. Of the room for new tokens, its K tokens
-        # take `columns`; in the cache these are `slots`, after the prompt. The last token is
-        # never fed back.
+        # Token `t` of every response is the newest. In the room for new tokens the K of them are at
+        # `columns`; in the cache, after the longest prompt, at `slots`. The last token is never
+        # fed back, hence T - 1.
         room = self.K * (T - 1)
         self.longest = max(prefix.mask.shape[1] for prefix in prefixes)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -455,7 +440,7 @@ class Decoder:
         self.logits = next_logits(model, self.prefix.hidden).repeat_interleave(self.K, 0)  # (N, V)
 
     def widen(self, tokens: int) -> None:
-        """Attend to the room of the first so many tokens of each response: the rest is empty yet."""
+        """Attend to the room of so many tokens of each response: the rest is empty yet."""
         self.open = min(self.K * tokens, self.visible.shape[2])
         for layer in self.prefix.cache.layers:
             layer.end = self.longest + self.open
@@ -580,11 +565,11 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     A group without variance gets 0: its advantages have collapsed.
     """
     mean = rewards.mean(1, keepdim=True)  # (P, 1)
-    # The population's deviation (divide by K). With K = 8 the sample's would make all advantages
-    # 6 % smaller, and memorization weigh that much more in Eq. 8.
+    # The population's deviation (divide by K). With K = 8 the sample's would make advantages 6 %
+    # smaller, and memorization heavier by as much in Eq. 8.
     std = rewards.std(1, keepdim=True, correction=0)
     advantages = (rewards - mean) / (std + eps)
-    # Exactly 0, not up to rounding: such groups are then left out of the update.
+    # Exactly 0, without rounding error, so that `update` can leave such groups out.
     return advantages.masked_fill(no_variance(rewards)[:, None], 0.0)
 
 
@@ -601,13 +586,16 @@ def choose_mode(correct: Tensor) -> Tensor:
 
 
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
+#
+# On a first reading: `Sequence`, then `policy_loss`. Between them is how log-probs are made fast;
+# `plain_loss` in test_dyme.py is the same without that.
 
 
 @dataclass
 class Sequence:
     """A response to train on: sampled, or a target, which has advantage 1 (Eq. 4-5)."""
 
-    prompt: int  # its prompt's place among those of this process
+    prompt: int  # index of its prompt among those of this process
     ids: list[int]
     weight: float  # its factor in the loss: A / (K P) if sampled, 1 / P for a target
     explore: bool  # was it sampled?
@@ -619,8 +607,8 @@ def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int],
 
     Returns the prompt of every row, and the row and the start of every sequence.
     """
-    # So sequences need no padding to the longest, and share a copy of their prompt. But attention
-    # grows with the square of a row: up to the prompt's own length it stays the smaller part.
+    # So nothing is padded to the longest sequence, and sequences share a copy of their prompt. But
+    # attention grows with the square of a row's length: it is kept no longer than the prompt.
     row_prompts, places, starts = [], [], []
     used = 0
     for prompt, length in zip(prompts, lengths, strict=True):
@@ -641,8 +629,8 @@ def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int], sequen
     sees its prompt and its own sequence so far, not its neighbours.
     """
     device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
-    # Nothing is predicted from a sequence's last token, so it is left out of the input.
     limit = limit or prefix.mask.shape[1]
+    # Nothing is predicted from a sequence's last token, so it is left out of the input.
     row_prompts, rows_of, starts = pack(prompts, (lengths - 1).tolist(), limit)
     prefix = repeat_prompts(prefix, torch.tensor(row_prompts, device=device))  # batch R
 
@@ -654,12 +642,12 @@ def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int], sequen
     # Where the state that predicts each of the M tokens will be found.
     state_row, state_column = [], []
     for n, ids in enumerate(sequences):
-        row, start, inputs = rows_of[n], starts[n], len(ids) - 1
-        tokens[row, start:start + inputs] = torch.tensor(ids[:-1], dtype=torch.long)
-        offsets[row, start:start + inputs] = torch.arange(inputs)
-        owner[row, start:start + inputs] = n
-        # Column 0 is the prompt's last state, which predicts the first token. Token t > 0 is
-        # predicted from token t - 1, at start + t - 1, which is one column further.
+        row, start, fed = rows_of[n], starts[n], len(ids) - 1
+        tokens[row, start:start + fed] = torch.tensor(ids[:-1], dtype=torch.long)
+        offsets[row, start:start + fed] = torch.arange(fed)
+        owner[row, start:start + fed] = n
+        # Column 0 holds the prompt's last state, which predicts token 0. Token t is predicted by
+        # the state of token t - 1, which stands in column start + t.
         state_row += [row] * len(ids)
         state_column += [0, *range(start + 1, start + len(ids))]
 
@@ -687,12 +675,12 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
 
     if len(ids) <= chunk:
         return part(hidden, ids, temperature)
-    # Logits are made `chunk` tokens at a time, and again in the backward pass: float32 (M, V) of
-    # a whole batch, several gigabytes, never exists.
+    # Logits are made for `chunk` tokens at a time, and once more in the backward pass, so that all
+    # M of them (gigabytes in float32) never exist at once.
     logprobs = []
     for piece in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True):
-        again = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
-        logprobs.append(again)
+        of_piece = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
+        logprobs.append(of_piece)
     return torch.cat(logprobs)
 
 
@@ -700,8 +688,8 @@ def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: lis
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and mask, (N, T), of N sequences; and which were sampled, (N,)."""
     explore = torch.tensor([s.explore for s in sequences], device=policy.device)
-    # Sampled responses are taken at the sampling temperature: else rho would not be 1 in Eq. 7,
-    # and the gradient that of another policy. Targets are taken at 1.
+    # rho = p / p_old, and p_old is what was sampled from, temperature included. At another one the
+    # gradient would be that of another policy. Targets are taken at 1.
     temperatures = torch.where(explore, temperature, 1.0)  # (N,)
     ids = [s.ids for s in sequences]
     with policy.autocast():
@@ -717,16 +705,17 @@ def policy_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, explore: Tensor
     (Eq. 7), a target -log p (Eq. 1), which has the gradient of a sample with A = 1 (Eq. 4-5).
     The means over K responses and P prompts are in the weights.
     """
-    # With one update per rollout rho is 1, so a clip would not bind. Its gradient is not 0: it is
-    # that of log p.
+    # p_old is the policy itself, held constant: with one update per rollout rho is 1, so that a
+    # clip would not bind. The gradient of rho is not 0: it is that of log p.
     rho = torch.exp(logprobs - logprobs.detach())  # (N, T)
+    # Eq. 6 once more: rho for what was sampled, log p for targets.
     per_token = torch.where(explore[:, None], rho, logprobs)
     return -(weights * token_mean(per_token, mask)).sum()
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values: (N, T)` over each row's real tokens, (N,)."""
-    # Averaged over the tokens of all rows at once, long responses would weigh more.
+    # Each row by itself: over the tokens of all rows at once, long responses would weigh more.
     return (values * mask).sum(1) / mask.sum(1)
 
 
@@ -747,9 +736,9 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reference: Model | None = None  # frozen copy of the policy for the KL term
-    score: Callable[..., Groups] = score
+    score: Callable[..., Groups] = score  # how responses are judged; the benchmark replaces it
     helper: supervision.Helper | None = None  # Full DyME's checker and refiner
-    buffer: list[Example] = field(default_factory=list)  # failures, for --switch budget
+    buffer: list[Example] = field(default_factory=list)  # failed prompts, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
     failures: int = 0  # steps in a row whose loss or gradient was not finite
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
@@ -770,9 +759,9 @@ class Step:
 def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
                rule: str = "any-correct", inputs: Iterable[Inputs] | None = None) -> Step:
     """A step on P prompts: sample and judge K responses each, choose the mode, update."""
-    cfg, policy, P, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    # This process takes p of the P prompts: all of them, if it is alone.
-    own, watch = parallel.share(P), runs.Stopwatch()
+    cfg, policy, watch = trainer.cfg, trainer.policy, runs.Stopwatch()
+    P, K = len(examples), cfg.generations
+    own = parallel.share(P)  # this process takes p of the P prompts: all, if it is alone
     examples = examples[own.start:own.stop]
     inputs = receive_inputs(trainer, examples, inputs)
     watch.lap("seconds_feed")
@@ -781,15 +770,15 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
     uniforms = keyed_uniforms(cfg.seed, step, own, K, cfg.max_new_tokens)  # (p*K, T)
     rolled = rollout(policy, inputs, uniforms, cfg.temperature)
     watch.lap("seconds_sampling")
-    # Judge them: r_a (`correct`), r_t (`thinking`) and r (`rewards`), all (p, K).
+    # Judge them: r_a (`correct`), r_t (`thinking`), r (`rewards`), all (p, K).
     groups = trainer.score(policy, rolled, examples, cfg.thinking_weight, cfg.format_weight)
 
     # Eq. 6, the switch: explore where one of the K responses is right, memorize elsewhere.
     explore = choose_mode(groups.correct)  # (p,)
-    if rule != "any-correct":  # those of Table 1b
+    if rule != "any-correct":  # an ablation: another switching rule, of Table 1b
         highest = 1 + cfg.thinking_weight + cfg.format_weight
         explore = ablations.choose_mode(rule, groups.rewards, highest)
-    if trainer.helper:  # Full DyME: it rates what explores, and rewrites other traces
+    if trainer.helper:  # Full DyME: its ratings replace r_t, its traces those to be memorized
         memorize = ~explore | (rule == "anneal")
         groups, examples = trainer.helper.supervise(groups, examples, explore, memorize)
     advantages = group_advantages(groups.rewards)  # Eq. 2, (p, K)
@@ -797,15 +786,16 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
         advantages = ablations.released_advantages(groups.rewards, groups.correct)
     watch.lap("seconds_scoring")
 
+    # Both modes become sequences with a weight; the loss, in `policy_loss`, is their sum.
     sequences = []
-    for p, example in enumerate(examples):
-        if explore[p]:  # Eq. 7: the sampled responses, weighted by their advantages
-            for k, response in enumerate(groups.responses[p]):
-                weight = advantages[p, k].item() / (K * P)
-                sequences.append(Sequence(p, response.ids, weight, True, cfg.beta / (K * P)))
-        else:  # Eq. 1: the reference, which alone weighs as much as K responses
-            sequences.append(Sequence(p, target_ids(policy, example), 1 / P, False))
-    sequences = reweigh(trainer, sequences, examples, step)
+    for i, example in enumerate(examples):
+        if explore[i]:  # one is right: its K responses, weighted by advantage (Eq. 7)
+            for k, response in enumerate(groups.responses[i]):
+                weight = advantages[i, k].item() / (K * P)
+                sequences.append(Sequence(i, response.ids, weight, True, cfg.beta / (K * P)))
+        else:  # none is right: the reference (Eq. 1), as heavy as K responses together
+            sequences.append(Sequence(i, target_ids(policy, example), 1 / P, False))
+    sequences = adjust_for_ablations(trainer, sequences, examples, step)
 
     # Eq. 8: both kinds in one loss and one update.
     totals = metrics.group_totals(groups, explore, no_variance(groups.rewards))
@@ -821,9 +811,9 @@ def sft_step(trainer: Trainer, examples: list[Example], lr: float,
     own = parallel.share(P)
     examples = examples[own.start:own.stop]
     sequences = []
-    for p, example in enumerate(examples):
-        sequences.append(Sequence(p, target_ids(policy, example), 1 / P, False))
-    # SFT takes K times as many prompts as DyME: to save memory they are encoded as they come.
+    for i, example in enumerate(examples):
+        sequences.append(Sequence(i, target_ids(policy, example), 1 / P, False))
+    # SFT takes K times as many prompts as DyME: encoded one micro-batch at a time they fit.
     logged = update(trainer, encoded(trainer, examples, inputs), sequences, {}, lr)
     watch.lap("seconds_update")
     explore = torch.zeros(len(examples), dtype=torch.bool)
@@ -832,38 +822,38 @@ def sft_step(trainer: Trainer, examples: list[Example], lr: float,
 
 def encoded(trainer: Trainer, examples: list[Example],
             inputs: Iterable[Inputs] | None) -> Iterator[Inputs]:
-    """This process's micro-batches, on the device; encoded now if not at hand."""
+    """This process's micro-batches on the device; encoded here if none were prepared."""
     cfg, policy = trainer.cfg, trainer.policy
     if inputs is None:
         chunks = parallel.chunks(examples, cfg.micro_batch)
         inputs = (encode_prompts(policy, chunk, cfg.max_new_tokens) for chunk in chunks)
     for x in inputs:
-        yield to_device(x, policy.device)
+        yield feed.to_device(x, policy.device)
 
 
 def receive_inputs(trainer: Trainer, examples: list[Example],
                    inputs: Iterable[Inputs] | None) -> list[Inputs]:
-    """All micro-batches. What one process cannot encode is a UserError in all."""
+    """All micro-batches. If one process cannot encode a prompt, all raise its UserError."""
     with parallel.errors_shared():
         return list(encoded(trainer, examples, inputs))
 
 
-def reweigh(trainer: Trainer, sequences: list[Sequence], examples: list[Example],
-            step: int) -> list[Sequence]:
-    """For `--released-code` its weights, for `--switch anneal` the targets that it adds."""
+def adjust_for_ablations(trainer: Trainer, sequences: list[Sequence], examples: list[Example],
+                         step: int) -> list[Sequence]:
+    """The weights of `--released-code`, the targets that `--switch anneal` adds."""
     cfg = trainer.cfg
     if cfg.released_code:
         sequences = ablations.released_weights(sequences, cfg.generations)
     if cfg.switch == "anneal":
         weight = ablations.anneal_weight(step / cfg.steps) / cfg.prompts
-        for p, example in enumerate(examples):
-            sequences.append(Sequence(p, target_ids(trainer.policy, example), weight, False))
+        for i, example in enumerate(examples):
+            sequences.append(Sequence(i, target_ids(trainer.policy, example), weight, False))
     return sequences
 
 
 def update(trainer: Trainer, inputs: Iterable[Inputs], sequences: list[Sequence],
            totals: dict[str, float], lr: float) -> dict[str, Any]:
-    """Eq. 8: the gradient of all sequences, then an optimiser step; metrics."""
+    """Eq. 8: add up the gradients of all sequences, and take an optimiser step; metrics."""
     # Advantage 0 teaches nothing: left out, a collapsed group costs no forward pass and no update.
     sequences = [s for s in sequences if s.weight or s.kl_weight]
     totals |= metrics.target_totals(sequences)
@@ -871,7 +861,7 @@ def update(trainer: Trainer, inputs: Iterable[Inputs], sequences: list[Sequence]
         totals |= trainer.helper.take_counts()
     with parallel.errors_shared():
         totals |= accumulate_gradients(trainer, inputs, sequences)
-    # Loss and counts of the whole step: all processes decide alike whether it is skipped.
+    # Summed over all processes, so that all decide alike whether to skip the step.
     totals = parallel.sum_numbers(totals)
     logged = metrics.averages(totals)
     if totals["sequences"]:
@@ -882,7 +872,7 @@ def update(trainer: Trainer, inputs: Iterable[Inputs], sequences: list[Sequence]
 def accumulate_gradients(trainer: Trainer, inputs: Iterable[Inputs],
                          sequences: list[Sequence]) -> dict[str, float]:
     """Backward through every micro-batch; this process's part of the loss and the KL."""
-    # The weights hold the step's own denominators, so any micro-batch gives the same gradient.
+    # Weights are divided by the whole step's K and P, so any micro-batch gives the same gradient.
     # Means of micro-batches, averaged again, would be wrong where these differ in size.
     cfg, policy = trainer.cfg, trainer.policy
     total_loss, total_kl, first = 0.0, 0.0, 0
@@ -922,7 +912,8 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.policy.model.parameters(), 1.0).item()
     finite = math.isfinite(norm) and math.isfinite(loss)
-    # Under a float16 scaler a gradient that overflows is the scaler's to skip: it lowers its scale.
+    # If the gradient overflows in float16, the scaler is called all the same: it skips the step,
+    # and lowers its scale.
     if finite or (scaler.is_enabled() and not math.isfinite(norm)):
         scaler.step(optimizer)
     scaler.update()
@@ -942,7 +933,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 
 def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, draws: int = 0,
             temperature: float = 1.0, seed: int = 0, prompt: str = PROMPT) -> Iterator[dict[str, Any]]:
-    """Judged answers to rows: a greedy one each, or so many `draws`."""
+    """Answer rows and judge the answers: one greedy answer each, or `draws` sampled ones."""
     K, parts, start = draws or 1, [*parallel.chunks(examples, batch)], 0
 
     def encode(part: list[Example], processor: Any) -> Inputs:
@@ -952,7 +943,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
     stream = feed.in_threads(encode, policy.processor, parts, ahead=4)
     with contextlib.closing(stream):
         for part in tqdm(parts, "answering", ncols=80, leave=False, disable=quiet):
-            inputs = to_device(next(stream), policy.device)
+            inputs = feed.to_device(next(stream), policy.device)
             uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
             rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
             for i, response in enumerate(decode(policy, rolled)):
@@ -1007,7 +998,7 @@ def save_policy(policy: Policy, final: Path, state: dict[str, Any] | None = None
 
 
 def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int:
-    """Restore what was saved; the step to go on with.
+    """Restore what is not in the weights (`load_policy` has loaded those); the next step.
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
@@ -1070,16 +1061,17 @@ def schedule(cfg: Config, step: int) -> tuple[str, float]:
 
 
 def step_rows(cfg: Config, step: int, count: int) -> list[int]:
-    """Rows of a step, of `count`: a function of (seed, step), shuffled by epoch."""
+    """Which of `count` rows a step takes, by (seed, step) alone; each epoch is shuffled anew."""
     # An SFT step takes K times as many rows, to train on as many responses as the other steps.
-    sft_steps = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
-    start = cfg.prompts * (step - sft_steps) + cfg.prompts * cfg.generations * sft_steps
+    # How many of the steps before this one were SFT:
+    sft_before = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
+    start = cfg.prompts * (step - sft_before) + cfg.prompts * cfg.generations * sft_before
     size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
     return feed.shuffled_rows(cfg.seed, count, range(start, start + size))
 
 
 def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Iterator[Inputs]:
-    """This process's encoded micro-batches: threads make the next step's meanwhile."""
+    """This process's encoded micro-batches; threads prepare those of the next step meanwhile."""
     cfg = trainer.cfg
 
     def jobs() -> Iterator[list[Example]]:
@@ -1097,21 +1089,15 @@ def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Ite
     return feed.in_threads(encode, trainer.policy.processor, jobs(), ahead)
 
 
-def measured_micro_batch(trainer: Trainer, examples: list[Example]) -> int:
-    """For `--micro-batch 0`: as many prompts as the device holds with responses of full length."""
-    cfg, policy = trainer.cfg, trainer.policy
-
-    def trial(prompts: int) -> None:
-        inputs = encode_prompts(policy, examples[:prompts], cfg.max_new_tokens)
+def trial_update(trainer: Trainer, examples: list[Example]) -> None:
+    """Forward and backward of prompts with responses of full length: for its memory alone."""
+    cfg, policy, sequences = trainer.cfg, trainer.policy, []
+    inputs = encode_prompts(policy, examples, cfg.max_new_tokens)
+    for i in range(len(examples)):
         ids = [policy.pad_id] * cfg.max_new_tokens
-        sequences = [Sequence(p, ids, 0.0, True) for p in range(prompts) for _ in range(cfg.generations)]
-        accumulate_gradients(trainer, [inputs], sequences)
-        trainer.optimizer.zero_grad()
-
-    most = len(parallel.share(cfg.prompts))
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    kept = sum(8 * p.numel() for p in trained)  # AdamW's two moments, in float32
-    return memory.choose_micro_batch(trial, min(most, len(examples)), policy.device, kept)
+        sequences += [Sequence(i, ids, 0.0, True)] * cfg.generations
+    accumulate_gradients(trainer, [inputs], sequences)
+    trainer.optimizer.zero_grad()
 
 
 def micro_batches(cfg: Config, prompts: int) -> int:
@@ -1130,6 +1116,7 @@ def train(cfg: Config) -> None:
 def carry_out(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     """Load, evaluate, train, evaluate, and say where everything is."""
     run, device = Path(cfg.out), parallel.select_device(cfg.device)
+    # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (run / "checkpoint").exists()
     policy = load_policy(str(run) if resumed else cfg.model, device, cfg.image_edge)
     examples = references.check(examples, policy, lambda example: full_length(policy, example))
@@ -1139,7 +1126,7 @@ def carry_out(cfg: Config, examples: list[Example], held_out: list[Example]) -> 
             trainer.helper.check_server()
     step = load_checkpoint(run, trainer, examples) if resumed else 0
     if not cfg.micro_batch:
-        cfg.micro_batch = measured_micro_batch(trainer, examples)
+        cfg.micro_batch = memory.choose_micro_batch(trial_update, trainer, examples)
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, examples, held_out)
     runs.print_start(cfg, device, len(examples), len(held_out), step)

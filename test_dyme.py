@@ -792,15 +792,15 @@ def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkey
     for size in (0, 2):
         trials = []
 
-        def choose(trial: Any, most: int, device: torch.device, kept: int) -> int:
-            trial(2)  # leaves no gradient behind
-            trials.append((most, kept))
+        def choose(trial: Any, trainer: dyme.Trainer, examples: list[Example]) -> int:
+            trial(trainer, examples[:2])  # leaves no gradient behind
+            trials.append(len(examples))
             return 2
 
         monkeypatch.setattr(memory, "choose_micro_batch", choose)
         out = f"m{size}"
         assert run(runs, out, "--steps", "2", "--prompts", "4", "--micro-batch", str(size)) == 0
-        assert [most for most, _ in trials] == ([4] if size == 0 else [])
+        assert trials == ([16] if size == 0 else [])
         assert json.loads((runs / out / "config.json").read_text())["micro_batch"] == 2
     assert same_weights(runs / "m0", runs / "m2")  # the trials left nothing behind
 

@@ -25,7 +25,7 @@ def choose_mode(rule: str, rewards: Tensor, highest: float) -> Tensor:
     if name == "threshold":  # the whole batch, that of all processes, explores once its mean reward passes
         batch = parallel.sum_numbers({"reward": rewards.sum().item(), "count": rewards.numel()})
         return everyone & (batch["reward"] / batch["count"] / highest >= float(value))
-    # explore: always. anneal: always, with targets beside (`other_weights`). budget: always, while failures
+    # explore: always. anneal: always, with targets beside (`adjust_for_ablations` of dyme.py). budget: always, while failures
     # wait in a buffer (`memorize_failures`).
     return everyone
 

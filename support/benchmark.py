@@ -53,7 +53,7 @@ def benchmark(cfg: Config, steps: int) -> None:
     if trainer.helper:
         trainer.helper.file = None
     if not cfg.micro_batch:
-        cfg.micro_batch = dyme.measured_micro_batch(trainer, examples)
+        cfg.micro_batch = memory.choose_micro_batch(dyme.trial_update, trainer, examples)
     records = time_steps(trainer, examples, steps)
     if parallel.is_main():
         median = {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}

@@ -1,30 +1,39 @@
 """How many prompts fit into a forward and backward pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from reward import Example
 from support import parallel
 
 HEADROOM = 0.85  # share of the free memory to plan with: prompts differ in length, and memory gets fragmented
 
 
-def choose_micro_batch(trial: Callable[[int], None], most: int, device: torch.device, kept: int) -> int:
-    """Measure `trial(n)`, an update of n prompts, for 1 and 2 of them; the micro-batch for `--micro-batch 0`.
+def choose_micro_batch(trial: Callable[[Any, list[Example]], None], trainer: Any, examples: list[Example]) -> int:
+    """For `--micro-batch 0`: how many prompts' updates the device holds, measured by `trial(trainer, examples)`.
 
-    `kept` bytes are needed beside it (the optimiser's state). On the CPU the answer is 2: more is no faster there.
+    On the CPU the answer is 2: more is no faster there.
     """
+    policy, device = trainer.policy, trainer.policy.device
+    most = min(len(parallel.share(trainer.cfg.prompts)), len(examples))
     if device.type != "cuda":
         return min(2, most)
 
     def peak(prompts: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
-        trial(prompts)
+        trial(trainer, examples[:prompts])
         return torch.cuda.max_memory_allocated(device)
 
-    trial(1)  # warms up: libraries take their workspace once
-    size = largest(peak, most, HEADROOM * torch.cuda.mem_get_info(device)[1] - kept)
-    return min(parallel.gather(size))  # processes on smaller GPUs decide
+    peak(1)  # warms up: libraries take their workspace once
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    moments = sum(8 * p.numel() for p in trained)  # of AdamW, in float32: made in the first step
+    size = largest(peak, most, HEADROOM * torch.cuda.mem_get_info(device)[1] - moments)
+    size = min(parallel.gather(size))  # processes on smaller GPUs decide
+    if parallel.is_main():
+        print(f"--micro-batch {size}: measured")
+    return size
 
 
 def largest(peak: Callable[[int], float], most: int, available: float) -> int:

@@ -37,7 +37,7 @@ def target_totals(sequences: list[Any]) -> dict[str, float]:
 
 
 def averages(totals: dict[str, float]) -> dict[str, Any]:
-    """A step's metrics, from the sums over all processes (glossary in the README)."""
+    """A step's metrics, from the sums over all processes (glossary in support/README.md)."""
     targets, explored = totals["targets"], totals.get("explored", 0)
     metrics: dict[str, Any] = {
         "empty_steps": int(not totals["sequences"]),

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from reward import Example
 from support import hub, toy
@@ -45,6 +46,21 @@ def loader_options(source: str) -> dict[str, bool]:
     # Said aloud, because transformers would ask on the terminal whether a model's own code may run. And a hub
     # that is silent would be waited for again and again, file by file.
     return {"trust_remote_code": False, "local_files_only": not local and bool(hub.silence())}
+
+
+def load_pretrained(source: str) -> tuple[torch.nn.Module, Any]:
+    """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
+    options = loader_options(source)  # among them trust_remote_code=False
+    # The processor of a text-only model is its tokenizer.
+    processor = AutoProcessor.from_pretrained(source, **options)
+    loader = AutoModelForImageTextToText
+    if type(AutoConfig.from_pretrained(source, **options)) not in loader._model_mapping:
+        loader = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
+    return model, processor
 
 
 def find(name: str) -> None:
