@@ -230,9 +230,11 @@ def test_traces_of_aokvqa_bring_facts_and_those_of_gsm8k_lose_their_marks(tmp_pa
               "choices": ["cat", "dog"], "direct_answers": "['dog']"} for hint in ("A cow.", "A dog it is.")]
     hints.append({"question": "What 4?", "answer": "dog", "hint": "So.", "visual_fact": {"error": "failed"}})
     (tmp_path / "hints.json").write_text(json.dumps(hints))
-    train = data.load_data(write_aokvqa(tmp_path, found), "train", hints=str(tmp_path / "hints.json"))
-    assert {(e.question, e.hint, e.facts) for e in train} <= {
-        ("What?", "A dog it is.", '{"description": "A dog it is."}'), ("What 4?", "So.", None)} and train
+    source = write_aokvqa(tmp_path, found)
+    examples = data.load_data(source, "train") + data.load_data(source, "val")
+    joined = references.join(examples, str(tmp_path / "hints.json"))
+    assert {(e.question, e.hint, e.facts) for e in joined} == {
+        ("What?", "A dog it is.", '{"description": "A dog it is."}'), ("What 4?", "So.", None)}
     row = {"question": "How many?", "answer": "2+3=<<2+3=5>>5.\n#### 1,500"}
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"question": f"{i}?"}) for i in range(12)))
     hints = [{"question": f"{i}?", "answer": "1500", "hint": "Add: 2+3=<<2+3=5>>5.\n#### 1500"} for i in range(12)]
