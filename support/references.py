@@ -74,7 +74,7 @@ def check(examples: list[Example], policy: Any, length: Callable[[Example], int]
     kept, notes = [], {}
     for example in examples:
         texts = f"{example.hint or ''}\n{example.answer}".lower()
-        for mark in (reward.FLAG, *ends):
+        for mark in filter(str.strip, (reward.FLAG, *ends)):
             if mark.lower() in texts:
                 what = f"hold {mark!r} in hint or answer, which ends a trace or a response early"
                 notes.setdefault(what, []).append(example.name)

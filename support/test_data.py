@@ -185,6 +185,15 @@ def test_a_slake_answer_without_a_word_must_be_met_exactly(tmp_path: Path) -> No
     assert [judging.judge(example, f"Answer: {a}", True)["official"] for a in ("+", "-", "plus")] == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("change", [{"answer": ""}, {"question": None}, {"question": " "}])
+def test_a_row_without_question_or_answer_is_named(tmp_path: Path, change: Row) -> None:
+    row = {"img_name": "1.jpg", "question": "Sign?", "answer": "yes", "q_lang": "en", "answer_type": "CLOSED"}
+    (tmp_path / "test.json").write_text(json.dumps([row, row | change]))
+    write_image(tmp_path / "imgs" / "1.jpg")
+    with pytest.raises(UserError, match="test.json row 2: is not a row of slake"):
+        data.load_data(f"slake:{tmp_path}", "test")
+
+
 def test_a_zip_of_images_is_opened_once(tmp_path: Path, monkeypatch: Patch) -> None:
     write_image(tmp_path / "1.jpg")
     with zipfile.ZipFile(tmp_path / "imgs.zip", "w") as file:
