@@ -4,12 +4,12 @@ A single-file reference of "Empowering Small VLMs to Think with Dynamic Memoriza
 Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061), in the order the data flows:
 settings, policy, prompts, rollout, rewards and advantages, switch, loss, step, run.
 
-The paper on one screen is `train_step`. Rewards are in reward.py; what the paper takes for granted
-(data, run folders, processes) is in support/. With one process, all of `parallel` does nothing.
+The paper on one screen is `train_step`. Rewards are in reward.py; what the paper takes for
+granted (data, run folders, processes) is in support/. With one process `parallel` does nothing.
 
-Letters in shapes: P prompts, K responses to each (a group), N = P K responses or sequences;
-L tokens of a prompt, T of a response; R packed rows of Q tokens, M tokens to predict; V words, D width.
-With several processes p is this one's part of P.
+Shapes: P prompts, K responses to each (a group), N = P K responses or sequences; L tokens of a
+prompt, T of a response; R packed rows of Q tokens, M tokens to predict; V words, D width.
+With several processes, p is this one's part of P.
 
     python dyme.py                                      # a tiny VLM on toy charts, on a CPU
     python dyme.py --mode grpo --seed 1                 # a baseline on the same path
@@ -59,12 +59,12 @@ class Config:
     epochs: float = 0.0  # passes over the data, both stages included; sets --steps
     prompts: int = 8  # prompts in a step (sft: prompts x generations targets)
     generations: int = 8  # K, the responses sampled for a prompt
-    micro_batch: int = 64  # prompts per forward pass; less saves memory, same gradient (0: measure)
+    micro_batch: int = 64  # prompts per forward pass (0: what fits); same gradient
     # Rollouts
     max_new_tokens: int = 48  # length limit of a sampled response
     temperature: float = 1.0  # sampling temperature
     # Switch, learning rate, loss
-    switch: str = "any-correct"  # any-correct (Eq. 6), threshold:T, anneal, budget:N, explore, memorize
+    switch: str = "any-correct"  # any-correct (Eq. 6); threshold:T, anneal, budget:N, ...
     sft_steps: int = 150  # two-stage: steps of SFT before GRPO (0: one pass)
     lr: float = 0.0  # peak learning rate (0: the mode's own)
     warmup: int = 10  # steps of linear warm-up, before linear decay to zero
@@ -105,10 +105,6 @@ LEARNING_RATES = {
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
 }
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
-CHANGEABLE_ON_RESUME = {
-    "out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every",
-    "tensorboard", "helper_url", "helper_key_env", "helper_concurrency",
-}
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -124,7 +120,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
     cfg.out = cfg.out or runs.default_folder(cfg)
     if cfg.resume:
-        cfg = Config(**settings.resumed_settings(cfg, given, CHANGEABLE_ON_RESUME))
+        cfg = Config(**settings.resumed_settings(cfg, given))
     settings.check(cfg, {"tiny", *models.NAMES}, CHOICES)
     return cfg
 
@@ -133,7 +129,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 @dataclass
 class Policy:
-    """A model to train or evaluate, with what is needed to talk to it."""
+    """A model, and what is needed to talk to it."""
 
     model: Model
     processor: Any
@@ -166,7 +162,8 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     return make_policy(model.to(device), processor, device, image_edge)
 
 
-def make_policy(model: Model, processor: Any, device: torch.device, image_edge: int = 0) -> Policy:
+def make_policy(model: Model, processor: Any, device: torch.device,
+                image_edge: int = 0) -> Policy:
     """Find what ends a response, and set the processor up. Raises UserError."""
     name = model.name_or_path or "the model"
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -183,7 +180,7 @@ def make_policy(model: Model, processor: Any, device: torch.device, image_edge: 
     configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()
     end_ids = {tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None}
     if not end_ids:
-        raise UserError(f"{name}: neither tokenizer, config nor chat template names an end token")
+        raise UserError(f"{name}: nothing names an end token, not even the chat template")
     pad_id = tokenizer.pad_token_id
     pad_id = min(end_ids) if pad_id is None else pad_id
     attention.use_grouped(model)
@@ -271,7 +268,8 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
         names = " or ".join(example.name for example in examples)
         raise UserError(f"{names}: the processor refuses the prompt ({error})") from None
 
-    models.check_room(policy.model, examples, inputs["attention_mask"].sum(1).tolist(), room)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    models.check_room(policy.model, examples, lengths, room)
     if "pixel_attention_mask" in inputs:  # as int64 it is nearly as large as the images
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
     return feed.to_device(inputs, policy.device)
@@ -279,7 +277,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
 
 def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int,
                  prompt: str = PROMPT) -> Inputs:
-    """`encode_prompts` in a thread, with a processor of its own; ready to go to the device."""
+    """`encode_prompts` in a thread, with its own processor; ready for the device."""
     own = replace(policy, device=torch.device("cpu"), processor=processor)
     return feed.for_device(encode_prompts(own, examples, room, prompt), policy.device)
 
@@ -291,7 +289,6 @@ def full_length(policy: Policy, example: Example) -> int:
 
 
 # ---- Rollout: a prompt is encoded once, images included; its K responses share the result --------
-#
 # On a first reading: `encode_prefix`, then `rollout` at the end; between is what makes it fast.
 
 
@@ -316,7 +313,8 @@ def encode_prefix(model: Model, inputs: Inputs) -> Prefix:
     # gap between a prompt and its response, because the padding is on the left.
     position = torch.full_like(mask[:, :1], mask.shape[1])  # (P, 1)
     if base.rope_deltas is not None:
-        position = (mask.sum(1, keepdim=True) + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
+        length = mask.sum(1, keepdim=True)
+        position = (length + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     return Prefix(out.cache, out.last_hidden_state[:, -1], mask, position)
 
 
@@ -431,13 +429,15 @@ class Decoder:
         self.slots = self.columns + self.longest
         self.prefix = merge(prefixes, room, self.slots)
         self.visible = torch.zeros(self.P, self.K, room, dtype=torch.bool, device=device)
-        self.itself = torch.eye(self.K, dtype=torch.bool, device=device).expand(self.P, -1, -1)
+        itself = torch.eye(self.K, dtype=torch.bool, device=device)
+        self.itself = itself.expand(self.P, -1, -1)
 
         self.ids = torch.full((N, T), pad_id, device=device)
         self.mask = torch.zeros(N, T, dtype=torch.long, device=device)
         self.entropy = torch.zeros(N, T, device=device)
         self.alive = torch.ones(N, dtype=torch.bool, device=device)
-        self.logits = next_logits(model, self.prefix.hidden).repeat_interleave(self.K, 0)  # (N, V)
+        logits = next_logits(model, self.prefix.hidden)  # (P, V)
+        self.logits = logits.repeat_interleave(self.K, 0)  # (N, V)
 
     def widen(self, tokens: int) -> None:
         """Attend to the room of so many tokens of each response: the rest is empty yet."""
@@ -491,10 +491,12 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
             step = graphs.capture(model, decoder.step)
         step()
     T = int(decoder.mask.sum(1).max())
-    return Rollout(decoder.ids[:, :T], decoder.mask[:, :T], ~decoder.alive, decoder.entropy[:, :T])
+    ids, mask, entropy = (x[:, :T] for x in (decoder.ids, decoder.mask, decoder.entropy))
+    return Rollout(ids, mask, ~decoder.alive, entropy)
 
 
-def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, temperature: float) -> Rollout:
+def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor,
+            temperature: float) -> Rollout:
     """Sample K = N / P responses for each of the P prompts of all micro-batches."""
     model, uniforms = policy.model, uniforms.to(policy.device)  # (N, T)
     with torch.no_grad(), policy.autocast():
@@ -586,7 +588,6 @@ def choose_mode(correct: Tensor) -> Tensor:
 
 
 # ---- Loss: exploration and memorization in one sum -----------------------------------------------
-#
 # On a first reading: `Sequence`, then `policy_loss`. Between them is how log-probs are made fast;
 # `plain_loss` in test_dyme.py is the same without that.
 
@@ -621,12 +622,13 @@ def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int],
     return row_prompts, places, starts
 
 
-def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int], sequences: list[list[int]],
-                        temperature: Tensor, limit: int = 0) -> tuple[Tensor, Tensor]:
+def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int],
+                        sequences: list[list[int]], temperature: Tensor,
+                        limit: int = 0) -> tuple[Tensor, Tensor]:
     """Log-probs and mask, (N, T), of N sequences of ids at `temperature: (N,)`.
 
-    Sequence n continues prompt `prompts[n]`. They are packed into R rows of Q tokens; each token
-    sees its prompt and its own sequence so far, not its neighbours.
+    Sequence n continues prompt `prompts[n]`. R rows of Q tokens hold them, packed; each token sees
+    its prompt and its own sequence so far, not its neighbours.
     """
     device, lengths = prefix.mask.device, torch.tensor([len(ids) for ids in sequences])
     limit = limit or prefix.mask.shape[1]
@@ -656,7 +658,7 @@ def completion_logprobs(model: Model, prefix: Prefix, prompts: list[int], sequen
         visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
         new = extend(model, prefix, tokens.to(device), offsets.to(device), visible.to(device))
         states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
-    predicted = torch.tensor([token for ids in sequences for token in ids], device=device)  # (M,)
+    predicted = torch.tensor([*itertools.chain(*sequences)], device=device)  # (M,)
     temperatures = temperature.to(device).repeat_interleave(lengths.to(device))  # (M,)
     logprobs = token_logprobs(model, states[state_row, state_column], predicted, temperatures)
     per_sequence = logprobs.split(lengths.tolist())
@@ -678,7 +680,8 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
     # Logits are made for `chunk` tokens at a time, and once more in the backward pass, so that all
     # M of them (gigabytes in float32) never exist at once.
     logprobs = []
-    for piece in zip(hidden.split(chunk), ids.split(chunk), temperature.split(chunk), strict=True):
+    pieces = (x.split(chunk) for x in (hidden, ids, temperature))
+    for piece in zip(*pieces, strict=True):
         of_piece = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(of_piece)
     return torch.cat(logprobs)
@@ -736,7 +739,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reference: Model | None = None  # frozen copy of the policy for the KL term
-    score: Callable[..., Groups] = score  # how responses are judged; the benchmark replaces it
+    score: Callable[..., Groups] = score  # the benchmark puts another in its place
     helper: supervision.Helper | None = None  # Full DyME's checker and refiner
     buffer: list[Example] = field(default_factory=list)  # failed prompts, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
@@ -766,11 +769,10 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
     inputs = receive_inputs(trainer, examples, inputs)
     watch.lap("seconds_feed")
 
-    # Sample K responses to each prompt.
+    # Sample K responses each. Judge them: r_a (`correct`), r_t (`thinking`), r (`rewards`), (p, K).
     uniforms = keyed_uniforms(cfg.seed, step, own, K, cfg.max_new_tokens)  # (p*K, T)
     rolled = rollout(policy, inputs, uniforms, cfg.temperature)
     watch.lap("seconds_sampling")
-    # Judge them: r_a (`correct`), r_t (`thinking`), r (`rewards`), all (p, K).
     groups = trainer.score(policy, rolled, examples, cfg.thinking_weight, cfg.format_weight)
 
     # Eq. 6, the switch: explore where one of the K responses is right, memorize elsewhere.
@@ -778,7 +780,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
     if rule != "any-correct":  # an ablation: another switching rule, of Table 1b
         highest = 1 + cfg.thinking_weight + cfg.format_weight
         explore = ablations.choose_mode(rule, groups.rewards, highest)
-    if trainer.helper:  # Full DyME: its ratings replace r_t, its traces those to be memorized
+    if trainer.helper:  # Full DyME: its ratings replace r_t, its traces the references
         memorize = ~explore | (rule == "anneal")
         groups, examples = trainer.helper.supervise(groups, examples, explore, memorize)
     advantages = group_advantages(groups.rewards)  # Eq. 2, (p, K)
@@ -827,8 +829,7 @@ def encoded(trainer: Trainer, examples: list[Example],
     if inputs is None:
         chunks = parallel.chunks(examples, cfg.micro_batch)
         inputs = (encode_prompts(policy, chunk, cfg.max_new_tokens) for chunk in chunks)
-    for x in inputs:
-        yield feed.to_device(x, policy.device)
+    yield from (feed.to_device(x, policy.device) for x in inputs)
 
 
 def receive_inputs(trainer: Trainer, examples: list[Example],
@@ -900,9 +901,9 @@ def accumulate_gradients(trainer: Trainer, inputs: Iterable[Inputs],
 
 
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
-    """Clip the gradient to norm 1 and step; if loss or gradient is not finite, change nothing.
+    """Clip the gradient to norm 1 and step; if it or the loss is not finite, change nothing.
 
-    Raises DivergedError after ten such steps in a row, not counting a float16 scaler's search.
+    Raises DivergedError after ten such steps in a row, a float16 scaler's search apart.
     """
     optimizer, scaler = trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
@@ -957,7 +958,8 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     cfg, own = trainer.cfg, parallel.share(len(held_out))
     with parallel.errors_shared():
         part = held_out[own.start:own.stop]
-        predictions = [*respond(trainer.policy, part, cfg.max_new_tokens, 4 * cfg.micro_batch)]
+        batch = 4 * cfg.micro_batch  # without gradients there is room for more
+        predictions = [*respond(trainer.policy, part, cfg.max_new_tokens, batch)]
     predictions = [*itertools.chain(*parallel.gather(predictions))]
     if not parallel.is_main():
         return
@@ -1004,7 +1006,6 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
     """
     state = runs.read_state(run, trainer.policy.device)
     trainer.optimizer.load_state_dict(state["optimizer"])
-    # A run may go on with another precision.
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.failures, trainer.best = state["failures"], state.get("best", -1.0)
@@ -1061,9 +1062,8 @@ def schedule(cfg: Config, step: int) -> tuple[str, float]:
 
 
 def step_rows(cfg: Config, step: int, count: int) -> list[int]:
-    """Which of `count` rows a step takes, by (seed, step) alone; each epoch is shuffled anew."""
+    """Which of `count` rows a step takes, by (seed, step) alone; shuffled by epoch."""
     # An SFT step takes K times as many rows, to train on as many responses as the other steps.
-    # How many of the steps before this one were SFT:
     sft_before = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
     start = cfg.prompts * (step - sft_before) + cfg.prompts * cfg.generations * sft_before
     size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
@@ -1071,7 +1071,7 @@ def step_rows(cfg: Config, step: int, count: int) -> list[int]:
 
 
 def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Iterator[Inputs]:
-    """This process's encoded micro-batches; threads prepare those of the next step meanwhile."""
+    """This process's encoded micro-batches; threads prepare the next step's meanwhile."""
     cfg = trainer.cfg
 
     def jobs() -> Iterator[list[Example]]:
@@ -1090,7 +1090,7 @@ def feed_prompts(trainer: Trainer, examples: list[Example], steps: range) -> Ite
 
 
 def trial_update(trainer: Trainer, examples: list[Example]) -> None:
-    """Forward and backward of prompts with responses of full length: for its memory alone."""
+    """Forward and backward with responses of full length, for their memory alone."""
     cfg, policy, sequences = trainer.cfg, trainer.policy, []
     inputs = encode_prompts(policy, examples, cfg.max_new_tokens)
     for i in range(len(examples)):
@@ -1155,7 +1155,7 @@ def train_loop(trainer: Trainer, examples: list[Example], held_out: list[Example
             inputs = itertools.islice(stream, micro_batches(cfg, len(batch)))
             try:
                 # A frozen tower encodes the step's images once, for sampling and for the update.
-                with vision.once(trainer.policy.model, trainer.features, cfg.vision_cache * 2**30):
+                with vision.once(trainer.policy.model, trainer.features, cfg.vision_cache):
                     done = take_step(trainer, batch, step, method, lr, inputs)
             except UserError:  # an unusable row must not cost the steps before it
                 save_checkpoint(run, trainer, step)

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dyme import CHANGEABLE_ON_RESUME, PROMPT, Config, load_policy, respond
+from dyme import PROMPT, Config, load_policy, respond
 from support import data, files, judging, models, parallel, report, rows, runs, settings
 from support.errors import UserError
 
@@ -106,7 +106,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     files.write_jsonl(out / "predictions.jsonl", predictions)
     files.write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
     print(f"wrote {out / 'predictions.jsonl'}", file=sys.stderr)
-    setting = runs.pooling_key(Path(name), saved, CHANGEABLE_ON_RESUME) if saved else name
+    setting = runs.pooling_key(Path(name), saved, settings.CHANGEABLE_ON_RESUME) if saved else name
     return summary | {"setting": setting, "mode": saved.get("mode", "base"), "seed": saved.get("seed", "-")}
 
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate every model named, then print one table; or write a report."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        return report.write_page(argv[1:], Config, CHANGEABLE_ON_RESUME)
+        return report.write_page(argv[1:], Config, settings.CHANGEABLE_ON_RESUME)
     args = parse_arguments(argv)
     table = []
     for name in args.model:

@@ -73,7 +73,7 @@ def time_steps(trainer: dyme.Trainer, examples: list[Example], steps: int) -> li
             batch = [examples[i] for i in dyme.step_rows(cfg, step, len(examples))]
             inputs = itertools.islice(stream, dyme.micro_batches(cfg, len(batch)))
             start = time.perf_counter()
-            with vision.once(trainer.policy.model, trainer.features, cfg.vision_cache * 2**30):
+            with vision.once(trainer.policy.model, trainer.features, cfg.vision_cache):
                 done = dyme.take_step(trainer, batch, step, dyme.schedule(cfg, step)[0], 0.0, inputs)
             taken = time.perf_counter() - start
             parts = {name: done.metrics.get(f"seconds_{name}", 0.0)

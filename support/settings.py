@@ -115,16 +115,21 @@ def read(run: Path, settings: type) -> dict[str, Any]:
     return known | {name: value for name, value in saved.items() if name in known}
 
 
-def resumed_settings(cfg: Any, given: dict[str, Any], changeable: set[str]) -> dict[str, Any]:
+# What changes no result. The rest of a run's settings stay as they are.
+CHANGEABLE_ON_RESUME = {"out", "resume", "overwrite", "device", "micro_batch", "eval_every", "save_every", "tensorboard",
+                        "helper_url", "helper_key_env", "helper_concurrency"}
+
+
+def resumed_settings(cfg: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run to go on with, and flags `given` anew. Raises UserError if one may not change."""
     if cfg.overwrite:
         raise UserError("--resume goes on with a run; leave out --overwrite")
     saved = read(Path(cfg.out), type(cfg))
-    for key in given.keys() - changeable:
+    for key in given.keys() - CHANGEABLE_ON_RESUME:
         if given[key] != saved.get(key):
             raise UserError(f"{flag(key)} {given[key]}: the run has {saved.get(key)} and a resumed run keeps "
                             "its settings; start a new one with another --out")
-    anew = {key: given[key] for key in given.keys() & changeable}
+    anew = {key: given[key] for key in given.keys() & CHANGEABLE_ON_RESUME}
     # Whether it was begun with --overwrite is of an earlier command, not of the run.
     return saved | {"overwrite": False} | anew | {"out": cfg.out}
 

@@ -502,14 +502,14 @@ def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture)
         (runs / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = ["a", "copy", "b", "shorter"]
     found = [(runs / name, settings.read(runs / name, Config)) for name in names]
-    assert len({run_folders.pooling_key(*each, dyme.CHANGEABLE_ON_RESUME) for each in found}) == 2
+    assert len({run_folders.pooling_key(*each, settings.CHANGEABLE_ON_RESUME) for each in found}) == 2
     chosen = [0, 2, 3]
-    table = report.result_table([names[i] for i in chosen], [found[i] for i in chosen], dyme.CHANGEABLE_ON_RESUME)["rows"]
+    table = report.result_table([names[i] for i in chosen], [found[i] for i in chosen], settings.CHANGEABLE_ON_RESUME)["rows"]
     assert table[0][:2] == ["a", "0.200"] and table[0][6:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
     assert table[3][0].endswith("2 seeds like a") and table[3][1] == "0.400 (0.200 – 0.600)"
     assert table[3][6] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
     evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "strict": i / 10, "official": 0.5,
-                             "setting": run_folders.pooling_key(path, cfg, dyme.CHANGEABLE_ON_RESUME)} for i, (n, (path, cfg)) in
+                             "setting": run_folders.pooling_key(path, cfg, settings.CHANGEABLE_ON_RESUME)} for i, (n, (path, cfg)) in
                             enumerate(zip(names, found, strict=True))])
     out = capsys.readouterr().out
     assert "strict, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out and out.count("strict, ") == 1  # the copy for a

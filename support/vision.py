@@ -30,7 +30,7 @@ def once(model: torch.nn.Module, store: dict[int, Tensor] | None = None,
          budget: float = 0.0) -> Iterator[None]:
     """Let a frozen tower encode a batch of images once, for sampling and for the update.
 
-    With a `budget` in bytes, `store` keeps the tower's output for later epochs too. A tower with a part that
+    With a `budget` in GiB, `store` keeps the tower's output for later epochs too. A tower with a part that
     trains, such as Qwen's with its connector inside, runs every time.
     """
     # What is kept is the tower's output *before* the connector. Kept after it, the connector would get no
@@ -84,6 +84,6 @@ def _encode_new_tiles(tower: torch.nn.Module, store: dict[int, Tensor], budget: 
         states = type(tower).forward(tower, *new_args, **new_kwargs).last_hidden_state
         for i, state in zip(new, states, strict=True):
             known[keys[i]] = state
-            if (len(store) + 1) * state.nbytes <= budget:
+            if (len(store) + 1) * state.nbytes <= budget * 2**30:
                 store[keys[i]] = state.clone()
     return BaseModelOutput(last_hidden_state=torch.stack([known[key] for key in keys]))
