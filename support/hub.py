@@ -10,7 +10,7 @@ from support.errors import UserError
 
 
 @functools.cache
-def silence(patience: float = 12.0) -> str:
+def silence(patience: float = 8.0) -> str:
     """Why the hub cannot be used; empty if it answers within `patience` seconds. Asked once."""
     # The hub's client alone tries a file five times for a minute each, and then says nothing of this.
     outcome: list[str] = []
