@@ -111,8 +111,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Read the flags, over a preset by data, or over the settings of the run to resume."""
     notes = {name: f"{value:g} for real data" for name, value in REAL.items()}
     notes["lr"] = re.sub("[{}']", "", str(LEARNING_RATES))
-    parser = settings.build_parser(Config, __doc__, CHOICES, notes)
-    given = vars(parser.parse_args(argv))
+    given = vars(settings.build_parser(Config, __doc__, CHOICES, notes).parse_args(argv))
 
     preset = "toy" if given.get("data", Config.data) == "toy" else "real"
     defaults = (REAL if preset == "real" else {}) | settings.implied(given)

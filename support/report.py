@@ -19,21 +19,45 @@ from reward import FLAG, quoted_numbers
 from support import data, files, rows, runs, settings
 from support.errors import UserError
 
-CURVES = (  # title, unit, key, of evaluations, a share
-    ("Held-out accuracy", "share right and in the format, greedy", "strict", True, True),
-    ("Valid thinking", "held-out: share right for the right reasons", "valid_thinking", True, True),
-    ("Training accuracy", "share of sampled responses right (mean r_a)", "accuracy", False, True),
-    ("Share memorized (Fig. S2)", "prompts, SFT / (SFT + RL)", "memorized", False, True),
-    ("Groups without a right response", "share of groups", "none_correct", False, True),
-    ("Groups without variance", "share of groups with all rewards alike", "no_variance", False, True),
-    ("Training reward (Fig. 4)", "mean of r_a + w_t r_t + w_f r_f", "reward", False, False),
-    ("Thinking reward", "mean r_t", "reward_thinking", False, True),
-    ("In the format", "share of sampled responses (r_f)", "reward_format", False, True),
-    ("Groundedness", "held-out: share of quoted numbers that are in the image", "groundedness", True, True),
-    ("Response length", "tokens", "response_length", False, False),
-    ("Truncated", "share cut off by the length limit", "truncated", False, True),
-    ("Step time", "seconds", "seconds", False, False),
+
+class Chart(NamedTuple):
+    """A chart of the page: what it draws of every run."""
+
+    section: str
+    title: str
+    unit: str
+    key: str
+    evaluated: bool = False  # of evaluations on held-out rows, else of the training steps
+    axis: str = ""  # share: from 0 to 1; top: from the lowest value to 1, where 0.91 and 1.00 differ
+    relative: bool = False  # to the mean of the first 10 steps
+
+
+CURVES = (
+    Chart("Result", "Held-out accuracy", "share right and in the format, greedy", "strict", True, "share"),
+    Chart("Result", "Valid thinking", "held-out: share right for the right reasons", "valid_thinking", True, "share"),
+    Chart("Result", "Groundedness", "held-out: share of quoted numbers that are in the image; the axis does not "
+          "start at 0", "groundedness", True, "top"),
+    Chart("Switch and collapse", "Share memorized (Fig. S2)", "prompts, SFT / (SFT + RL)", "memorized", axis="share"),
+    Chart("Switch and collapse", "Share memorized, relative (Fig. S2)", "to the mean of the first 10 steps",
+          "memorized", relative=True),
+    Chart("Switch and collapse", "Groups without a right response", "share of groups", "none_correct", axis="share"),
+    Chart("Switch and collapse", "Groups without variance", "share of groups with all rewards alike", "no_variance",
+          axis="share"),
+    Chart("Rewards", "Training reward (Fig. 4)", "mean of r_a + w_t r_t + w_f r_f", "reward"),
+    Chart("Rewards", "Training reward, relative (Fig. 4)", "to the mean of the first 10 steps", "reward",
+          relative=True),
+    Chart("Rewards", "Training accuracy", "share of sampled responses right (mean r_a)", "accuracy", axis="share"),
+    Chart("Rewards", "Thinking reward", "mean r_t", "reward_thinking", axis="share"),
+    Chart("Rewards", "In the format", "share of sampled responses (r_f)", "reward_format", axis="share"),
+    Chart("Responses and optimisation", "Entropy", "nats per sampled token", "entropy"),
+    Chart("Responses and optimisation", "Response length", "tokens", "response_length"),
+    Chart("Responses and optimisation", "Truncated", "share cut off by the length limit", "truncated", axis="share"),
+    Chart("Responses and optimisation", "Gradient norm", "before clipping to 1", "grad_norm"),
+    Chart("Responses and optimisation", "Learning rate", "as used in the step", "lr"),
+    Chart("Responses and optimisation", "KL", "to the reference policy, with --beta", "kl"),
+    Chart("Responses and optimisation", "Step time", "seconds", "seconds"),
 )
+STEP_KEYS = list(dict.fromkeys(chart.key for chart in CURVES if not chart.evaluated))
 SCORES = {"strict": "accuracy", "valid_thinking": "valid thinking", "in_format": "in format",
           "groundedness": "groundedness",
           "length": "length (tokens)"}

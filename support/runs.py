@@ -288,11 +288,12 @@ def record(file: Path, row: dict[str, Any], board: Any) -> None:
         add_scalars(board, file.stem, row)
 
 
-def log_step(run: Path, logged: dict[str, Any], shown: dict[str, Any], board: Any) -> None:
-    """Write down a step's metrics and the group that it shows in full."""
+def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]], board: Any) -> None:
+    """Write down a step's metrics and the groups that it shows in full."""
     if parallel.is_main():
         record(run / "metrics.jsonl", logged, board)
-        files.append_row(run / "samples.jsonl", shown)
+        for row in shown:
+            files.append_row(run / "samples.jsonl", row)
 
 
 def add_scalars(board: Any, title: str, row: dict[str, Any]) -> None:

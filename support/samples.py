@@ -1,26 +1,32 @@
-"""One group of every step in full, for `samples.jsonl`: what the report shows and a person reads."""
+"""Groups of a step in full, for `samples.jsonl`: what the report shows and a person reads."""
 
 import zlib
 from typing import Any
 
 MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both"}
+FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it returns, so that it has a history
 
 
-def describe(step: int, done: Any, tokenizer: Any) -> dict[str, Any]:
-    """The row of a step (`dyme.Step`): one of its prompts, its responses with their rewards, its target."""
-    # The prompt of least hash is taken, so that many prompts return in each epoch.
-    names = [example.name for example in done.examples]
-    p = min(range(len(names)), key=lambda i: zlib.crc32(names[i].encode()))
+def describe(step: int, done: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows of a step (`dyme.Step`): the prompts that are followed, or one; responses, rewards, trace, target."""
+    # Chosen by a hash of the name, not at random: prompts return in each epoch, and every run keeps the same.
+    hashes = [zlib.crc32(example.name.encode()) for example in done.examples]
+    kept = [p for p, value in enumerate(hashes) if value < FOLLOWED]
+    return [_group(step, done, tokenizer, p) for p in kept or [hashes.index(min(hashes))]]
+
+
+def _group(step: int, done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
+    """The row of prompt `p`: its `trace` is the reference that r_t compares with, its `target` what was imitated."""
     example = done.examples[p]
-
     targets = [s.ids for s in done.sequences if s.prompt == p and not s.explore]
     target = None
     if targets:
         target = tokenizer.decode(targets[0], skip_special_tokens=True).strip()
     # Neither explored nor memorized: it waits in the buffer of `--switch budget`.
     mode = MODES.get((bool(done.explore[p]), bool(targets)), "buffered")
-    return {"step": step, "name": example.name, "question": example.question, "answer": example.answer,
-            "facts": example.facts, "mode": mode, "target": target, "responses": _responses(done, p)}
+    return {"step": step, "name": example.name, "source": example.source, "question": example.question,
+            "answer": example.answer, "facts": example.facts, "mode": mode, "trace": example.hint,
+            "target": target, "responses": _responses(done, p)}
 
 
 def _responses(done: Any, p: int) -> list[dict[str, Any]]:
