@@ -9,14 +9,14 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants
 
-from reward import FLAG, quoted_numbers
-from support import data, files, rows, runs, settings
+from reward import FLAG, Example, quoted_numbers
+from support import data, files, rows, runs, settings, story
 from support.errors import UserError
 
 
@@ -99,39 +99,109 @@ def page_content(found: list[tuple[Path, dict[str, Any]]], changeable: set[str])
     names = [run.name for run, _ in found]  # if they tell the runs apart
     if not all(names) or len(set(names)) < len(names):
         names = [str(run) for run, _ in found]
-    shown = [describe_run(name, run, cfg) for name, (run, cfg) in zip(names, found, strict=True)]
+    shelf = Shelf()
+    shown = [describe_run(name, run, cfg, shelf.rows(cfg, "train"))
+             for name, (run, cfg) in zip(names, found, strict=True)]
+    stories = tell_stories(shown, found)
+    answers = compare_answers(names, found, shelf)
+    # Pictures get what the texts leave: those of the answers first, then each run's groups.
     budget = PAGE_BYTES - fit_groups(shown, TEXT_BYTES)
     images: dict[str, str] = {}
+    budget -= add_images(images, answers["rows"], shelf, budget / 3)
     for i, (run, cfg) in enumerate(found):
-        budget -= add_images(images, run, cfg, shown[i], budget / (len(found) - i))
-    charts = [dict(zip(("title", "unit", "key", "evaluated", "share"), c, strict=True)) for c in CURVES]
+        budget -= add_images(images, by_interest(shown[i]["groups"]), shelf, budget / (len(found) - i))
+        reason = shelf.missing.get(cfg["data"])
+        shown[i]["pictures"] = "the run's data was not at hand" if reason else "the page would grow too large"
+        if reason:
+            print(f"{run}: shown without pictures, as its data is not at hand ({reason})", file=sys.stderr)
     summary = f"{len(found)} run{'s' * (len(found) > 1)}: " + ", ".join(str(run) for run, _ in found)
-    return {"runs": shown, "images": images, "answers": compare_answers(names, found),
-            "table": result_table(names, found, changeable), "charts": charts, "summary": summary}
+    return {"runs": shown, "images": images, "answers": answers, "stories": stories,
+            "table": result_table(names, found, changeable), "charts": charts(shown),
+            "headline": story.headline(shown), "summary": summary}
 
 
-def describe_run(name: str, run: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+class Shelf:
+    """The data of runs, as far as it is at hand; each set is read once."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, dict[str, Example]] = {}
+        self.pictures: dict[str, Callable[[], Any] | None] = {}  # what opens them, by `picture_address`
+        self.missing: dict[str, str] = {}  # of data that could not be read: why
+
+    def rows(self, cfg: dict[str, Any], split: str) -> dict[str, Example]:
+        """A split of a run's data, by the names of its rows; empty if it is not at hand."""
+        source = [cfg["data"], split, cfg["traces"], cfg["augmented"], cfg["hints"]]
+        key = json.dumps(source)
+        if key not in self.sets:
+            self.sets[key] = {}
+            try:
+                with without_downloads():
+                    self.sets[key] = {example.name: example for example in data.load_data(*source)}
+            except (UserError, OSError) as error:
+                self.missing[cfg["data"]] = str(error)
+            for name, example in self.sets[key].items():
+                self.pictures[picture_address(cfg, split, name)] = example.image
+        return self.sets[key]
+
+
+def picture_address(cfg: dict[str, Any], split: str, name: str) -> str:
+    """Names the picture of a row, for all runs on its data."""
+    return f"{cfg['data']} {split} {name}"
+
+
+def charts(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The charts for which any run has values, with one for each kind of question."""
+    kinds = dict.fromkeys(key for run in shown for key in run["evaluations"] if key.startswith("strict_"))
+    skills = [Chart("Kinds of question", f"Accuracy: {key.removeprefix('strict_')}", "held-out, greedy", key, True, "share")
+              for key in kinds]
+    place = next(i for i, chart in enumerate(CURVES) if chart.section != CURVES[0].section)
+    return [chart._asdict() for chart in [*CURVES[:place], *skills, *CURVES[place:]]
+            if any(chart.key in run["evaluations" if chart.evaluated else "metrics"] for run in shown)]
+
+
+def describe_run(name: str, run: Path, cfg: dict[str, Any], examples: dict[str, Example]) -> dict[str, Any]:
     """A run's curves by column, and its groups; `switched` is the step at which an explored one was memorized."""
-    metrics = files.read_jsonl(run / "metrics.jsonl")
+    metrics, evaluations = (files.read_jsonl(run / f"{file}.jsonl") for file in ("metrics", "evaluations"))
     for row in metrics:
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
-    groups, memorized = [describe_group(cfg, row) for row in files.read_jsonl(run / "samples.jsonl")], {}
+        if not cfg["beta"]:
+            row.pop("kl", None)
+    groups = [describe_group(cfg, row, examples) for row in files.read_jsonl(run / "samples.jsonl")]
+    memorized: dict[str, dict[str, Any]] = {}
     for group in groups:
         before = memorized.pop(group["name"], None)
         if group["mode"] == "memorization":
             memorized[group["name"]] = group
         elif group["mode"] == "exploration" and before:
             group["switched"], before["first"] = before["step"], True
-    return {"name": name, "groups": groups, "all_groups": len(groups),
-            "metrics": columns(thin(metrics), [key for *_, key, evaluated, _ in CURVES if not evaluated]),
-            "evaluations": columns(files.read_jsonl(run / "evaluations.jsonl"),
-                                   [key for *_, key, evaluated, _ in CURVES if evaluated])}
+    kinds = {key: True for row in evaluations for key in row if key.startswith("strict_")}
+    held_out = [chart.key for chart in CURVES if chart.evaluated]
+    # The steps of an epoch, where each step takes as many rows as the others.
+    epoch = len(examples) / cfg["prompts"] if examples and cfg["mode"] in ("dyme", "grpo") else None
+    return {"name": name, "mode": cfg["mode"], "data": cfg["data"], "steps": cfg["steps"], "epoch": epoch,
+            "compared": what_r_t_compares(cfg),
+            "groups": groups, "all_groups": len(groups), "metrics": columns(thin(metrics), STEP_KEYS),
+            "rows": evaluations, "evaluations": columns(evaluations, [*held_out, *kinds])}
+
+
+def tell_stories(shown: list[dict[str, Any]], found: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The story of each run that has one, those of the paper's method first; their groups are marked to be kept."""
+    told = []
+    for i, (run, (_, cfg)) in enumerate(zip(shown, found, strict=True)):
+        text = story.tell(cfg, run["groups"], run["rows"])
+        if text:
+            told.append(text | {"run": i, "elsewhere": story.elsewhere(text["name"], shown, run)})
+            for group in run["groups"]:
+                if group["name"] == text["name"]:
+                    group["told"] = True
+    return sorted(told, key=lambda text: shown[text["run"]]["mode"] != "dyme")
 
 
 def by_interest(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups that show a switch first; then the others, of which every first part is spread over the run."""
+    """Groups of the story first, then those that show a switch; of the others every first part is spread over the run."""
     golden = (math.sqrt(5) - 1) / 2
-    order = sorted(enumerate(groups), key=lambda x: (not (x[1].keys() & {"switched", "first"}), x[0] * golden % 1))
+    order = sorted(enumerate(groups), key=lambda x: (
+        "told" not in x[1], not (x[1].keys() & {"switched", "first"}), x[0] * golden % 1))
     return [group for _, group in order]
 
 
@@ -156,7 +226,7 @@ def thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     size = math.ceil(len(rows) / POINTS)
     parts = [rows[i:i + size] for i in range(0, len(rows), size)] if size > 1 else []
     return [{"step": part[-1]["step"]} | {
-        key: sum(values) / len(values) for *_, key, _, _ in CURVES
+        key: sum(values) / len(values) for key in STEP_KEYS
         if (values := [row[key] for row in part if row.get(key) is not None])} for part in parts] or rows
 
 
@@ -167,18 +237,37 @@ def columns(rows: list[dict[str, Any]], keys: list[str]) -> dict[str, list[Any]]
         key: [None if row.get(key) is None else float(f"{row[key]:.6g}") for row in rows] for key in present}
 
 
-def describe_group(cfg: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def describe_group(cfg: dict[str, Any], group: dict[str, Any], examples: dict[str, Example]) -> dict[str, Any]:
     """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
-    def mark(text: str) -> list[list[str]]:
-        parts, end, thinking = [], 0, re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
-        for start, stop, grounded in quoted_numbers(thinking, group["facts"] or "", group["question"]):
-            parts += [[text[end:start], ""], [text[start:stop], "yes" if grounded else "no"]]
-            end = stop
-        return [part for part in [*parts, [text[end:], ""]] if part[0]] if group["facts"] else [[text, ""]]
+    facts, question = group["facts"], group["question"]
+    known = examples.get(group["name"])  # older runs do not hold kind and trace themselves
+    trace = group["trace"] if "trace" in group else known and known.hint
+    source = group["source"] if "source" in group else known.source if known else ""
+    responses = [r | {"text": mark(r["text"], facts, question)} for r in group["responses"]]
+    return group | {"responses": responses, "source": source, "why": explain_mode(cfg, group),
+                    "trace": trace and mark(trace, facts, question),
+                    "target": group["target"] and mark(group["target"], facts, question),
+                    "image": picture_address(cfg, "train", group["name"])}
 
-    responses = [r | {"text": mark(r["text"])} for r in group["responses"]]
-    return group | {"responses": responses, "target": group["target"] and mark(group["target"]),
-                    "why": explain_mode(cfg, group), "image": f"{cfg['data']} {group['name']}"}
+
+def what_r_t_compares(cfg: dict[str, Any]) -> str:
+    """What the reference trace of an explored group was for."""
+    if cfg["helper_url"] and not cfg["no_checker"]:
+        return "Reference trace (here a helper rated the thinking, by the visual facts)"
+    if not cfg["thinking_weight"]:
+        return "Reference trace that r_t compares with (r_t is not rewarded in this run)"
+    return "Reference trace that r_t compares with"
+
+
+def mark(text: str, facts: str | None, question: str) -> list[list[str]]:
+    """A text in parts: (text, "yes" or "no" if it is a number of its thinking, grounded or not, else "")."""
+    if not facts:
+        return [[text, ""]]
+    parts, end, thinking = [], 0, re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
+    for start, stop, grounded in quoted_numbers(thinking, facts, question):
+        parts += [[text[end:start], ""], [text[start:stop], "yes" if grounded else "no"]]
+        end = stop
+    return [part for part in [*parts, [text[end:], ""]] if part[0]]
 
 
 def explain_mode(cfg: dict[str, Any], group: dict[str, Any]) -> str:
@@ -216,37 +305,33 @@ def without_downloads() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def training_rows(cfg: dict[str, Any]) -> list[Any]:
-    """The rows that a run trained on."""
-    return data.load_data(cfg["data"], "train", cfg["traces"], cfg["augmented"], cfg["hints"])
-
-
-def add_images(images: dict[str, str], run: Path, cfg: dict[str, Any], described: dict[str, Any],
-               budget: float) -> int:
-    """Add pictures of a run's groups, as data addresses, if its data is at hand and they fit; the bytes used."""
-    described["pictures"], used = "the page would grow too large", 0
-    if all(group["image"] in images for group in described["groups"]):
-        return 0
-    try:
-        with without_downloads():
-            examples = {example.name: example for example in training_rows(cfg)}
-    except (UserError, OSError) as error:
-        print(f"{run}: shown without pictures, as its data is not at hand ({error})", file=sys.stderr)
-        described["pictures"] = "the run's data was not at hand"
-        return 0
-    for group in by_interest(described["groups"]):
-        opener = examples[group["name"]].image if group["name"] in examples else None
+def add_images(images: dict[str, str], shown: list[dict[str, Any]], shelf: Shelf, budget: float) -> int:
+    """Add the pictures of groups or rows, as data addresses, that are at hand and fit; the bytes used."""
+    used = 0
+    for one in shown:
+        address = one["image"]
+        if address not in shelf.pictures or address in images:
+            continue
+        opener = shelf.pictures[address]
         if opener is None:
-            group["image"] = None
-        elif group["image"] not in images and used < budget:
+            one["image"] = None
+        elif used < budget:
             with contextlib.suppress(UserError, OSError):
-                file, image = io.BytesIO(), rows.shrink(opener(), 480).convert("RGB")
-                kind = "PNG" if max(image.size) <= 128 else "JPEG"
-                image.save(file, kind, optimize=True)
-                address = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-                if (used := used + len(address)) <= budget:
-                    images[group["image"]] = address
+                text = image_text(opener())
+                if (used := used + len(text)) <= budget:
+                    images[address] = text
     return used
+
+
+def image_text(picture: Any) -> str:
+    """A picture as a data address, of at most 480 pixels."""
+    file, image = io.BytesIO(), rows.shrink(picture, 480).convert("RGB")
+    kind = "PNG" if max(image.size) <= 128 else "JPEG"
+    image.save(file, kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# ---- Before and after ----------------------------------------------------------------------------
 
 
 def held_out(run: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -254,7 +339,7 @@ def held_out(run: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["name"], row["question"]): row for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
 
 
-def compare_answers(names: list[str], found: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def compare_answers(names: list[str], found: list[tuple[Path, dict[str, Any]]], shelf: Shelf) -> dict[str, Any]:
     """Answers to the same held-out rows, by each base and by each run at its last evaluation."""
     columns: list[dict[str, Any]] = []
     for name, (run, _) in zip(names, found, strict=True):
@@ -267,15 +352,41 @@ def compare_answers(names: list[str], found: list[tuple[Path, dict[str, Any]]]) 
         if steps and steps[-1] > 0:
             columns.append({"name": f"{name} at step {steps[-1]}", "before": before,
                             "answers": held_out(run, steps[-1])})
-    keys = shared_rows([column["answers"] for column in columns])
     table = []
-    for name_and_question in rows.spread(keys, ANSWERS):
-        answers = [column["answers"].get(name_and_question) for column in columns]
+    for key in chosen_rows(columns):
+        answers = [column["answers"].get(key) for column in columns]
         known = next(filter(None, answers))
-        table.append({"question": name_and_question[1], "answer": known["answer"],
-                      "cells": [answer and answer_cell(answer) for answer in answers]})
+        facts, image = row_at_hand(key, found, shelf)
+        table.append({"question": key[1], "answer": known["answer"], "kind": known.get("source", ""), "image": image,
+                      "cells": [answer and answer_cell(answer, facts) for answer in answers]})
     heads = [{"name": column["name"], "before": column["before"]} for column in columns]
     return {"columns": heads, "rows": table}
+
+
+def chosen_rows(columns: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """At most ANSWERS rows: three in four of those that changed, if there are so many; kinds side by side."""
+    keys = shared_rows([column["answers"] for column in columns])
+
+    def verdicts(key: tuple[str, str]) -> set[bool]:
+        return {bool(column["answers"][key]["strict"]) for column in columns if key in column["answers"]}
+
+    changed = rows.spread([key for key in keys if len(verdicts(key)) > 1], ANSWERS * 3 // 4)
+    alike = rows.spread([key for key in keys if len(verdicts(key)) == 1], ANSWERS - len(changed))
+    chosen = {*changed, *alike}
+    if len(chosen) < ANSWERS:  # all changed
+        chosen |= {*rows.spread([key for key in keys if key not in chosen], ANSWERS - len(chosen))}
+    return [key for key in keys if key in chosen]
+
+
+def row_at_hand(key: tuple[str, str], found: list[tuple[Path, dict[str, Any]]],
+                shelf: Shelf) -> tuple[str | None, str | None]:
+    """The visual facts of a held-out row, and the address of its picture, if any run's data is at hand."""
+    name, question = key
+    for _, cfg in found:
+        example = shelf.rows(cfg, "val").get(name)
+        if example and example.question == question:
+            return example.facts, picture_address(cfg, "val", name)
+    return None, None
 
 
 def is_same_base(column: dict[str, Any], base: dict[tuple[str, str], Any]) -> bool:
@@ -295,11 +406,13 @@ def shared_rows(answers: list[dict[tuple[str, str], Any]]) -> list[tuple[str, st
     return [key for key in counts if key in shared]
 
 
-def answer_cell(answer: dict[str, Any]) -> dict[str, Any]:
+def answer_cell(answer: dict[str, Any], facts: str | None) -> dict[str, Any]:
     """A held-out answer as the page shows it."""
-    return {"text": [[answer["response"][:3000], ""]], "r_a": answer["strict"], "r_f": answer["in_format"],
-            "finished": answer["finished"], "quoted": answer["quoted_numbers"],
-            "grounded": answer["grounded_numbers"]}
+    return {"text": mark(answer["response"][:3000], facts, answer["question"]), "r_a": answer["strict"],
+            "r_f": answer["in_format"], "finished": answer["finished"], "fault": answer.get("thinking_fault")}
+
+
+# ---- The table -----------------------------------------------------------------------------------
 
 
 def result_table(names: list[str], found: list[tuple[Path, dict[str, Any]]],
