@@ -104,8 +104,12 @@ def page_content(found: list[tuple[Path, dict[str, Any]]], changeable: set[str])
              for name, (run, cfg) in zip(names, found, strict=True)]
     stories = tell_stories(shown, found)
     answers = compare_answers(names, found, shelf)
-    # Pictures get what the texts leave: those of the answers first, then each run's groups.
-    budget = PAGE_BYTES - fit_groups(shown, TEXT_BYTES)
+    headline = story.headline(shown)
+    for run in shown:
+        del run["rows"]
+    # Groups get what the other texts leave, and pictures the rest: those of the answers first.
+    fixed = page_bytes([answers, stories, [{**run, "groups": []} for run in shown]])
+    budget = PAGE_BYTES - fixed - fit_groups(shown, TEXT_BYTES - fixed)
     images: dict[str, str] = {}
     budget -= add_images(images, answers["rows"], shelf, budget / 3)
     for i, (run, cfg) in enumerate(found):
@@ -117,7 +121,7 @@ def page_content(found: list[tuple[Path, dict[str, Any]]], changeable: set[str])
     summary = f"{len(found)} run{'s' * (len(found) > 1)}: " + ", ".join(str(run) for run, _ in found)
     return {"runs": shown, "images": images, "answers": answers, "stories": stories,
             "table": result_table(names, found, changeable), "charts": charts(shown),
-            "headline": story.headline(shown), "summary": summary}
+            "headline": headline, "summary": summary}
 
 
 class Shelf:
@@ -151,9 +155,9 @@ def picture_address(cfg: dict[str, Any], split: str, name: str) -> str:
 
 def charts(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The charts for which any run has values, with one for each kind of question."""
-    kinds = dict.fromkeys(key for run in shown for key in run["evaluations"] if key.startswith("strict_"))
-    skills = [Chart("Kinds of question", f"Accuracy: {key.removeprefix('strict_')}", "held-out, greedy", key, True, "share")
-              for key in kinds]
+    kinds = dict.fromkeys(kind for run in shown for kind in run["kinds"])
+    skills = [Chart("Kinds of question", f"Accuracy: {kind}", "held-out, greedy", f"strict_{kind}", True, "share")
+              for kind in kinds]
     place = next(i for i, chart in enumerate(CURVES) if chart.section != CURVES[0].section)
     return [chart._asdict() for chart in [*CURVES[:place], *skills, *CURVES[place:]]
             if any(chart.key in run["evaluations" if chart.evaluated else "metrics"] for run in shown)]
@@ -174,14 +178,14 @@ def describe_run(name: str, run: Path, cfg: dict[str, Any], examples: dict[str, 
             memorized[group["name"]] = group
         elif group["mode"] == "exploration" and before:
             group["switched"], before["first"] = before["step"], True
-    kinds = {key: True for row in evaluations for key in row if key.startswith("strict_")}
-    held_out = [chart.key for chart in CURVES if chart.evaluated]
+    kinds = story.hardest_kinds(evaluations)
+    held_out = [*(chart.key for chart in CURVES if chart.evaluated), *(f"strict_{kind}" for kind in kinds)]
     # The steps of an epoch, where each step takes as many rows as the others.
     epoch = len(examples) / cfg["prompts"] if examples and cfg["mode"] in ("dyme", "grpo") else None
     return {"name": name, "mode": cfg["mode"], "data": cfg["data"], "steps": cfg["steps"], "epoch": epoch,
-            "compared": what_r_t_compares(cfg),
+            "compared": what_r_t_compares(cfg), "kinds": kinds,
             "groups": groups, "all_groups": len(groups), "metrics": columns(thin(metrics), STEP_KEYS),
-            "rows": evaluations, "evaluations": columns(evaluations, [*held_out, *kinds])}
+            "rows": evaluations, "evaluations": columns(evaluations, held_out)}
 
 
 def tell_stories(shown: list[dict[str, Any]], found: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -198,26 +202,28 @@ def tell_stories(shown: list[dict[str, Any]], found: list[tuple[Path, dict[str, 
 
 
 def by_interest(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of the story first, then those that show a switch; of the others every first part is spread over the run."""
+    """Groups of the story first, then those of a switch; of the others every first part is spread over the run."""
     golden = (math.sqrt(5) - 1) / 2
     order = sorted(enumerate(groups), key=lambda x: (
         "told" not in x[1], not (x[1].keys() & {"switched", "first"}), x[0] * golden % 1))
     return [group for _, group in order]
 
 
+def page_bytes(content: Any) -> int:
+    """What some content takes on the page."""
+    text = json.dumps(content, separators=(",", ":"))
+    return len(text) + 5 * text.count("<")  # each is written as six characters
+
+
 def fit_groups(shown: list[dict[str, Any]], budget: float) -> float:
     """Keep of each run's groups what fits `budget` bytes in all; what a short run leaves, the others get."""
-    def size(group: dict[str, Any]) -> int:
-        text = json.dumps(group, separators=(",", ":"))
-        return len(text) + 5 * text.count("<")  # each is written as six characters
-
-    whole, used = [sum(map(size, run["groups"])) for run in shown], 0.0
+    whole, used = [sum(map(page_bytes, run["groups"])) for run in shown], 0.0
     for i, n in enumerate(sorted(range(len(shown)), key=whole.__getitem__)):
         allowed, run = (budget - used) / (len(shown) - i), shown[n]
-        sizes = itertools.accumulate(map(size, by_interest(run["groups"])))
+        sizes = itertools.accumulate(map(page_bytes, by_interest(run["groups"])))
         kept = [group for group, end in zip(by_interest(run["groups"]), sizes, strict=True) if end <= allowed]
         run["groups"] = sorted(kept, key=lambda group: group["step"])
-        used += sum(map(size, kept))
+        used += sum(map(page_bytes, kept))
     return used
 
 

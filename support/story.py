@@ -29,10 +29,10 @@ def headline(shown: list[dict[str, Any]]) -> str:
         if best is not lowest and lowest["rows"][-1].get(key) is not None:
             text += f" ({lowest['name']}: {lowest['rows'][-1][key]:.2f})"
     text += "."
-    if last.get("valid_thinking") is not None:
-        text += f" {last['valid_thinking']:.2f} of all were right with valid thinking."
     if first.get("any_format") is not None and first["any_format"] - first["strict"] > 0.01:
-        text += f" (In any format, the base was right in {first['any_format']:.2f}.)"
+        text += f" (Counting the last word of whatever it says, the base was right in {first['any_format']:.2f}.)"
+    if last.get("valid_thinking") is not None:
+        text += f" Right with valid thinking: {last['valid_thinking']:.2f}."
     return f"{text} {memorizing(best)}".strip()
 
 
@@ -62,8 +62,11 @@ def right(group: Group) -> int:
     return sum(response["r_a"] > 0 for response in group["responses"])
 
 
-def choose_prompt(groups: list[Group], kinds: list[str]) -> tuple[list[Group], str]:
-    """The visits to the prompt that shows the switch best, and how it was chosen; no visits if there is none."""
+def choose_prompt(groups: list[Group], kinds: list[str], switches: bool) -> tuple[list[Group], str]:
+    """The visits to the prompt that shows a run best, and how it was chosen; no visits if no prompt came back.
+
+    Of the hardest kind at hand, and in a run that `switches` one that was explored after all.
+    """
     visits: dict[str, list[Group]] = {}
     for group in groups:
         if group["responses"]:
@@ -75,20 +78,18 @@ def choose_prompt(groups: list[Group], kinds: list[str]) -> tuple[list[Group], s
 
     def order(seen: list[Group]) -> tuple[Any, ...]:
         explored = first_exploration(seen)
-        missing = rank.get(seen[0]["source"], len(rank))
-        if explored is None:
-            return True, missing, seen[0]["step"]
-        return False, missing, len(seen) < 3, -right(seen[-1]), right(explored), seen[0]["step"]
+        return (switches and explored is None, rank.get(seen[0]["source"], len(rank)), -len(seen), -right(seen[-1]),
+                right(explored) if explored else 0, seen[0]["step"])
 
     chosen = min(again, key=order)
     like = [seen for seen in again if seen[0]["source"] == chosen[0]["source"]]
     later = sum(first_exploration(seen) is not None for seen in like)
     kind = f" of the kind “{chosen[0]['source']}”" if chosen[0]["source"] else ""
-    one = len(like) == 1
     return chosen, (
-        f"One prompt is no proof. This run kept {len(like)} prompt{'' if one else 's'}{kind} whose first kept visit had no "
-        f"right response and that came back; {later} of them {'was' if later == 1 else 'were'} later explored with a right "
-        "one. Shown is the one with the most visits, and of these the most right responses at the last.")
+        f"One prompt is no proof. Kept prompts{kind} that had no right response at the first visit and came back: "
+        f"{len(like)}. Of these, later explored with a right response: {later}. Shown is the one of "
+        f"{'the latter' if switches and later else 'them'} with the most visits, and among equals with the most right "
+        "responses at the last.")
 
 
 def first_exploration(visits: list[Group]) -> Group | None:
@@ -102,7 +103,7 @@ def first_exploration(visits: list[Group]) -> Group | None:
 def tell(cfg: dict[str, Any], groups: list[Group], evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The story of a run's prompt: title, lead, chapters, closing; None if no prompt came back."""
     kinds = hardest_kinds(evaluations)
-    visits, choice = choose_prompt(groups, kinds)
+    visits, choice = choose_prompt(groups, kinds, cfg["mode"] == "dyme")
     if not visits:
         return None
     chapters: list[dict[str, Any]] = []
@@ -115,10 +116,17 @@ def tell(cfg: dict[str, Any], groups: list[Group], evaluations: list[dict[str, A
     if len(curve) > 1:
         values = ", ".join(f"{value:.2f} at step {step}" for step, value in curve)
         closing.insert(0, f"Accuracy on held-out questions of this kind, in the course of the run: {values}.")
-    return {"name": visits[0]["name"], "title": f"One question, {len(visits)} visits", "lead": lead(cfg, visits, evaluations),
+    return {"name": visits[0]["name"], "title": title(visits), "lead": lead(cfg, visits, evaluations),
             "visits": [{"step": g["step"], "mode": g["mode"], "right": right(g), "of": len(g["responses"])} for g in visits],
             "curve": {"step": [step for step, _ in curve], "value": [value for _, value in curve]}, "kind": kind,
             "chapters": chapters, "closing": closing}
+
+
+def title(visits: list[Group]) -> str:
+    """The question and what became of it."""
+    first, last = visits[0], visits[-1]
+    return (f"“{visits[0]['question'][:200]}”: {right(first) or 'none'} of {len(first['responses'])} right at step "
+            f"{first['step']}, {right(last) or 'none'} of {len(last['responses'])} at step {last['step']}")
 
 
 def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, Any]]) -> str:
@@ -128,13 +136,14 @@ def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, A
     if group["source"] in kinds:
         base = evaluations[0]
         value = base.get(f"any_format_{group['source']}", base[f"strict_{group['source']}"])
-        which = "the hardest" if group["source"] == kinds[0] else f"number {kinds.index(group['source']) + 1} by difficulty"
-        text = (f"Questions of the kind “{group['source']}” were {which} of {len(kinds)} kinds for the base: it was right "
-                f"in {value:.2f} of the held-out ones, whatever the form of its answer. ")
+        place = kinds.index(group["source"]) + 1
+        hard = "the hardest" if place == 1 else f"number {place} by difficulty"
+        text = (f"Of {len(kinds)} kinds of question, “{group['source']}” was {hard} for the base: {value:.2f} of the "
+                "held-out ones right, whatever the form of the answer. ")
     thinking = "how much of the thinking is in a reference trace"
     if cfg["helper_url"] and not cfg["no_checker"]:
         thinking = "how a helper rates the thinking"
-    return text + (f"Here is what training did with one of them. At each visit the model samples {len(group['responses'])} "
+    return text + (f"Here is what training did with one prompt. At each visit the model samples {len(group['responses'])} "
                    f"responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from 0 to 1, says {thinking}.")
 
 
@@ -162,7 +171,7 @@ def tell_visit(cfg: dict[str, Any], group: Group, visits: list[Group]) -> list[d
                "before": [text], "shown": shown(group), "decision": group["why"],
                "equations": [{"kind": "switch"}] if by_eq_6(cfg) else [], "part": "", "after": [], "aside": []}
     if explored:
-        chapter["equations"] += [{"kind": "advantage", **numbers} for numbers in advantage(group)]
+        chapter["equations"] += advantages_by_eq_2(group)
         chapter["after"] = compared(group)
         chapter["part"], chapter["aside"] = ("trace", what_the_trace_says(cfg, group)) if group["trace"] else ("", [])
     else:
@@ -208,7 +217,7 @@ def tempting(group: Group) -> list[str]:
 
 def imitated(cfg: dict[str, Any], group: Group) -> dict[str, Any]:
     """The chapter on a group's target."""
-    wrong = ungrounded(group["target"])
+    wrong = misread(group, group["target"])
     text = []
     if group["facts"]:
         text = ["All numbers in its thinking are in the image, or follow from such." if not wrong else
@@ -227,34 +236,41 @@ def compared(group: Group) -> list[str]:
         up, down = advantages.index(max(advantages)), advantages.index(min(advantages))
         text.append(f"y{up + 1} is pushed up most ({signed(advantages[up])}), y{down + 1} down most "
                     f"({signed(advantages[down])}).")
-    ended = [k for k, response in enumerate(responses) if response["r_a"] > 0]
-    if group["facts"] and ended:
-        sound = sum(not ungrounded(responses[k]["text"]) for k in ended)
-        text.append(f"Of the {len(ended)} right response{'' if len(ended) == 1 else 's'}, {sound or 'none'} "
-                    f"quote{'s' if sound < 2 else ''} only numbers that are in the image or follow from such.")
+    sound = [response for response in responses if response["r_a"] > 0]
+    if any(advantages) and len(sound) == len(responses):
+        text.append("As all are right, only their thinking tells them apart.")
+    if group["facts"] and sound:
+        grounded = sum(not ungrounded(response["text"]) for response in sound)
+        text.append(f"Right responses that quote only what is in the image or follows from it: {grounded} of {len(sound)}.")
     return text
 
 
 def what_the_trace_says(cfg: dict[str, Any], group: Group) -> list[str]:
     """Whether the trace that r_t compares with is itself in the image."""
-    wrong = ungrounded(group["trace"])
+    wrong = misread(group, group["trace"])
     if not (wrong and cfg["thinking_weight"]):
         return []
-    return [f"This trace itself says {listed(wrong)}, which the image does not. r_t goes by it all the same; r_a, and so "
-            "the switch, does not look at it."]
+    text = (f"This trace itself says {listed(wrong)}, which the image does not. r_t goes by it all the same; r_a, and so the "
+            "switch, does not look at it.")
+    sound = [response for response in group["responses"] if response["r_a"] > 0]
+    taken = sum(bool({*wrong} & {*ungrounded(response["text"])}) for response in sound)
+    return [f"{text} Right responses that repeat such a number: {taken} of {len(sound)}."] if sound else [text]
 
 
-def advantage(group: Group) -> list[dict[str, float]]:
-    """The numbers of Eq. 2 for the response of most advantage, if they are what was used."""
+def advantages_by_eq_2(group: Group) -> list[dict[str, Any]]:
+    """The numbers of Eq. 2 for the response of most advantage, or why all are 0; nothing if another rule was used."""
     rewards = [response["reward"] for response in group["responses"]]
     advantages = [response["advantage"] for response in group["responses"]]
+    if not any(advantages):
+        return [{"kind": "alike", "reward": rewards[0]}] if len({*rewards}) == 1 else []
     mean = sum(rewards) / len(rewards)
-    deviation = (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5
+    deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
     k = advantages.index(max(advantages))
-    # Rewards are kept to four digits; other rules (--released-code) have other advantages.
-    if not any(advantages) or abs((rewards[k] - mean) / (deviation + 1e-4) - advantages[k]) > 0.01:
+    # Rewards are kept to four digits, which a small deviation magnifies; --released-code has other advantages.
+    if abs((rewards[k] - mean) / (deviation + 1e-4) - advantages[k]) > 0.02:
         return []
-    return [{"k": k, "reward": rewards[k], "mean": mean, "deviation": deviation, "advantage": advantages[k]}]
+    return [{"kind": "advantage", "k": k, "reward": rewards[k], "mean": mean, "deviation": deviation,
+             "advantage": advantages[k]}]
 
 
 def shown(group: Group) -> list[int]:
@@ -271,6 +287,12 @@ def shown(group: Group) -> list[int]:
 def ungrounded(parts: list[list[str]]) -> list[str]:
     """The numbers of a marked text that are not in the image."""
     return list(dict.fromkeys(text for text, kind in parts if kind == "no"))
+
+
+def misread(group: Group, parts: list[list[str]]) -> list[str]:
+    """What a trace says that is not in the image; its result, the true answer, only if it is all there is."""
+    wrong = ungrounded(parts)
+    return [text for text in wrong if text != group["answer"]] or wrong
 
 
 def listed(words: list[str]) -> str:
