@@ -638,7 +638,7 @@ def test_missing_template_and_missing_package_are_one_line(tiny: Policy, tmp_pat
 def take(trainer: dyme.Trainer, examples: list[Example], step: int, method: str, lr: float) -> tuple[Row, Row]:
     """A step by a method; its metrics and its row of samples.jsonl."""
     done = dyme.take_step(trainer, examples, step, method, lr)
-    return done.metrics, samples.describe(step, done, trainer.policy.tokenizer)
+    return done.metrics, samples.describe(step, done, trainer.policy.tokenizer)[0]
 
 
 def make_trainer(policy: Policy, correct: list[list[int]] | None = None, **settings: Any) -> dyme.Trainer:

@@ -258,7 +258,7 @@ def describe_group(cfg: dict[str, Any], group: dict[str, Any], examples: dict[st
 
 def what_r_t_compares(cfg: dict[str, Any]) -> str:
     """What the reference trace of an explored group was for."""
-    if cfg["helper_url"] and not cfg["no_checker"]:
+    if story.helper_rates(cfg):
         return "Reference trace (here a helper rated the thinking, by the visual facts)"
     if not cfg["thinking_weight"]:
         return "Reference trace that r_t compares with (r_t is not rewarded in this run)"

@@ -141,7 +141,7 @@ def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, A
         text = (f"Of {len(kinds)} kinds of question, “{group['source']}” was {hard} for the base: {value:.2f} of the "
                 "held-out ones right, whatever the form of the answer. ")
     thinking = "how much of the thinking is in a reference trace"
-    if cfg["helper_url"] and not cfg["no_checker"]:
+    if helper_rates(cfg):
         thinking = "how a helper rates the thinking"
     return text + (f"Here is what training did with one prompt. At each visit the model samples {len(group['responses'])} "
                    f"responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from 0 to 1, says {thinking}.")
@@ -175,13 +175,18 @@ def tell_visit(cfg: dict[str, Any], group: Group, visits: list[Group]) -> list[d
         chapter["after"] = compared(group)
         chapter["part"], chapter["aside"] = ("trace", what_the_trace_says(cfg, group)) if group["trace"] else ("", [])
     else:
-        chapter["after"] = tempting(group)
+        chapter["after"] = tempting(cfg, group)
     return [chapter] + ([imitated(cfg, group)] if group["target"] else [])
 
 
 def by_eq_6(cfg: dict[str, Any]) -> bool:
     """Does the paper's rule switch this run?"""
     return cfg["mode"] == "dyme" and cfg["switch"] == "any-correct"
+
+
+def helper_rates(cfg: dict[str, Any]) -> bool:
+    """Does a helper give r_t, in place of the comparison with a trace?"""
+    return bool(cfg["helper_url"]) and not cfg["no_checker"]
 
 
 def faults(group: Group) -> str:
@@ -205,14 +210,15 @@ def between(visits: list[Group]) -> str:
     return f"Before, at step{'s' if len(steps) > 1 else ''} {' and '.join(steps)}, none was right again. "
 
 
-def tempting(group: Group) -> list[str]:
+def tempting(cfg: dict[str, Any], group: Group) -> list[str]:
     """What would have won, had a group without a right response been explored."""
     advantages = [response["advantage"] for response in group["responses"]]
     if right(group) or not any(advantages):
         return []
     k = advantages.index(max(advantages))
-    return [f"Compared by r_t alone, y{k + 1} would have won, with an advantage of {signed(advantages[k])}, though it is "
-            "wrong. That is why the switch looks at right answers only."]
+    text = (f"Had they been compared all the same, y{k + 1} would have won, with an advantage of {signed(advantages[k])}, "
+            "though it is wrong.")
+    return [f"{text} That is why the switch looks at right answers only." if by_eq_6(cfg) else text]
 
 
 def imitated(cfg: dict[str, Any], group: Group) -> dict[str, Any]:
@@ -248,10 +254,11 @@ def compared(group: Group) -> list[str]:
 def what_the_trace_says(cfg: dict[str, Any], group: Group) -> list[str]:
     """Whether the trace that r_t compares with is itself in the image."""
     wrong = misread(group, group["trace"])
-    if not (wrong and cfg["thinking_weight"]):
+    if not (wrong and cfg["thinking_weight"]) or helper_rates(cfg):
         return []
-    text = (f"This trace itself says {listed(wrong)}, which the image does not. r_t goes by it all the same; r_a, and so the "
-            "switch, does not look at it.")
+    text = f"This trace itself says {listed(wrong)}, which the image does not; r_t goes by it all the same."
+    if by_eq_6(cfg):
+        text += " r_a, and so the switch, does not look at it."
     sound = [response for response in group["responses"] if response["r_a"] > 0]
     taken = sum(bool({*wrong} & {*ungrounded(response["text"])}) for response in sound)
     return [f"{text} Right responses that repeat such a number: {taken} of {len(sound)}."] if sound else [text]

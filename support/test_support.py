@@ -1,18 +1,14 @@
-"""Tests of support/: data, domains, the helper, other rules, the report, the benchmark, the README."""
+"""Tests of support/: data, domains, the helper, other rules, the benchmark, the README."""
 
-import base64
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import threading
-import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,7 +30,7 @@ import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
 from support import ablations, attention, benchmark, chartqa, data, domains, feed, files, gpu_check, graphs, judging
-from support import make_toy_base, parallel, references, report, settings, supervision, test_course, toy, toy_helper
+from support import make_toy_base, parallel, references, settings, supervision, test_course, toy, toy_helper
 from support import runs as run_folders
 from support.errors import UserError
 from support.make_toy_base import new_policy
@@ -488,161 +484,6 @@ def test_budget_explores_and_memorizes_failures_when_there_are_enough(
     assert again.failures == 1 and again.helper.examples == ["pool"]
 
 
-# ---- The report -----------------------------------------------------------------------------------
-
-
-def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "2") == 0 and run(runs, "b", "--steps", "2", "--seed", "1") == 0
-    shutil.copytree(runs / "a", runs / "copy")
-    shutil.copytree(runs / "b", runs / "shorter")
-    (runs / "shorter" / "metrics.jsonl").write_text((runs / "b" / "metrics.jsonl").read_text().splitlines()[0] + "\n")
-    for folder, score, spent in (("a", 0.2, 60), ("b", 0.6, 120)):
-        (runs / folder / "evaluations.jsonl").write_text(json.dumps({"step": 2, "strict": score, "rows": 8}) + "\n")
-        rows = [{"step": step, "seconds_update": spent} for step in range(2)]
-        (runs / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = ["a", "copy", "b", "shorter"]
-    found = [(runs / name, settings.read(runs / name, Config)) for name in names]
-    assert len({run_folders.pooling_key(*each, settings.CHANGEABLE_ON_RESUME) for each in found}) == 2
-    chosen = [0, 2, 3]
-    table = report.result_table([names[i] for i in chosen], [found[i] for i in chosen], settings.CHANGEABLE_ON_RESUME)["rows"]
-    assert table[0][:2] == ["a", "0.200"] and table[0][6:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
-    assert table[3][0].endswith("2 seeds like a") and table[3][1] == "0.400 (0.200 – 0.600)"
-    assert table[3][6] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
-    evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "strict": i / 10, "official": 0.5,
-                             "setting": run_folders.pooling_key(path, cfg, settings.CHANGEABLE_ON_RESUME)} for i, (n, (path, cfg)) in
-                            enumerate(zip(names, found, strict=True))])
-    out = capsys.readouterr().out
-    assert "strict, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out and out.count("strict, ") == 1  # the copy for a
-
-
-PROBE = """<script>
-const out = {}, change = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
-out.charts = $("charts").children.length;
-out.values = $("charts").textContent;
-change("mode", "memorization"); out.memorized = $("place").textContent; out.why = $("group").textContent;
-change("mode", "exploration"); out.explored = $("place").textContent;
-change("mode", ""); change("verdict", "some"); out.some = $("place").textContent;
-out.used = $("group").textContent;
-change("verdict", ""); out.kept = $("place").textContent; $("next").click(); out.next = $("place").textContent;
-$("switched").click(); out.switched = $("place").textContent;
-out.elements = document.querySelectorAll("#group script, #group b, #compared script, #compared b").length;
-change("changed", "wrong"); out.wrong = $("answered").textContent;
-change("of", data.answers.columns.findIndex(c => c.name.startsWith("b at"))); change("changed", "");
-out.columns = [...document.querySelectorAll("#compared th[scope=col]")].map(e => e.textContent).join();
-$("normalise").click(); $("step").value = 0; $("step").dispatchEvent(new Event("input")); out.at = $("at").textContent;
-const box = document.querySelector("#charts svg[role]").getBoundingClientRect();
-document.querySelector("#charts svg[role]").dispatchEvent(
-  new PointerEvent("pointerdown", {clientX: box.left + box.width * (42 + 290 / 2) / 350}));
-out.tapped = $("at").textContent;
-out.focus = [...document.querySelectorAll("a, button, input, select, [tabindex]")].filter(
-  e => { e.focus(); return !e.disabled && document.activeElement !== e; }).length;
-out.unnamed = [...document.querySelectorAll("input, select")].filter(e => !e.labels.length).length;
-out.unnamed += [...document.querySelectorAll("img")].filter(e => !e.alt).length;
-out.errors = errors;
-document.body.replaceChildren("OUT" + btoa(encodeURIComponent(JSON.stringify(out))) + "OUT");
-</script></body>"""
-
-
-def group_row(step: int, name: str, right: int, **more: Any) -> Row:
-    """A row of samples.jsonl with four responses, of which some are right."""
-    responses = [{"text": f"<b>red 4</b> and blue 9 </script><script>throw 1</script>\nAnswer: {k}", "finished": True,
-                  "r_a": float(k < right), "r_t": 0.5, "r_f": 1.0, "reward": 0.5 + (k < right),
-                  "advantage": 0.0 if right == 4 else 1.0 if k < right else -1.0} for k in range(4)]
-    return {"step": step, "name": name, "question": "Q <b>?", "answer": "0", "facts": "red 4, blue 7",
-            "mode": "exploration" if right else "memorization", "target": None if right else "Goal: red 4.\nAnswer: 0",
-            "responses": responses} | more
-
-
-@pytest.fixture
-def reported(runs: Path, capsys: Capture) -> Path:
-    """A report of a run whose records hold markup, a broken last line and a prompt seen in both modes."""
-    assert run(runs, "<i>a", "--steps", "2") == 0 and run(runs, "b", "--steps", "1", "--seed", "1", "--mode", "sft") == 0
-    rows = [group_row(0, "x", 0), group_row(1, "y", 2), group_row(2, "x", 1), group_row(3, "y", 4)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (runs / "<i>a" / "samples.jsonl").write_text(text + '{"step": 4, "na')
-    with open(runs / "<i>a" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2')
-    page = runs / "page.html"
-    assert run_folders.run_main(lambda: evaluation.main(["report", str(runs / "<i>a"), str(runs / "b"), "--out", str(page)])) == 0
-    return page
-
-
-def test_the_report_holds_the_runs_and_no_markup_of_theirs(reported: Path) -> None:
-    page = reported.read_text()
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
-    content = json.loads(text)
-    assert "<" not in text and "http" not in page.replace("http://www.w3.org/2000/svg", "")
-    a, b = content["runs"]
-    assert a["metrics"]["step"] == [0, 1] and len(a["metrics"]["accuracy"]) == 2 and "accuracy" not in b["metrics"]
-    assert [len(r["groups"]) for r in (a, b)] == [4, 1] and len(content["charts"]) == len(report.CURVES)
-    text = a["groups"][0]["responses"][0]["text"]
-    assert text[1:4:2] == [["4", "yes"], ["9", "no"]] and text[-1][0].endswith("Answer: 0")  # an answer is no thinking
-    assert "None of 4" in a["groups"][0]["why"] and "2 of 4" in a["groups"][1]["why"] and "SFT" in b["groups"][0]["why"]
-    assert "no gradient" in a["groups"][3]["why"] and a["all_groups"] == 4
-    assert len(content["answers"]["rows"]) == 8 and all(len(row["cells"]) == 3 for row in content["answers"]["rows"])
-    assert b["groups"][0]["image"] in content["images"]
-
-
-def test_a_big_report_is_thinned(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0
-    metrics = files.read_jsonl(runs / "a" / "metrics.jsonl")[0]
-    rows = [group_row(step, f"row {step}", 1) for step in range(3000)]
-    (runs / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (runs / "a" / "metrics.jsonl").write_text("".join(
-        json.dumps(metrics | {"step": step, "accuracy": step % 2}) + "\n" for step in range(3000)))
-    page = runs / "page.html"
-    for name in "bcdef":
-        shutil.copytree(runs / "a", runs / name)
-    evaluation.main(["report", *[str(runs / name) for name in "abcdef"], str(runs), "--out", str(page)])
-    assert "left out" in capsys.readouterr().err  # the folder of runs is none itself
-    with pytest.raises(UserError, match="none of these"):
-        evaluation.main(["report", str(runs)])
-    assert 2e6 < page.stat().st_size < 10e6
-    shown = [report.describe_run(name, runs / name, dataclasses.asdict(Config())) for name in "ab"]
-    assert shown[0]["metrics"]["step"][:2] == [5, 11] and set(shown[0]["metrics"]["accuracy"]) == {0.5}
-    shown[0]["groups"], third = shown[0]["groups"][:1], len(json.dumps(shown[1]["groups"])) / 3
-    assert third * 0.8 < report.fit_groups(shown, third) < third  # what the short run leaves, the other gets
-    steps = [group["step"] for group in shown[1]["groups"]]
-    assert 900 < len(steps) < 1100 and max(b - a for a, b in itertools.pairwise(steps)) < 9  # spread over the run
-
-
-def test_the_report_keeps_the_groups_that_switch(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0
-    rows = [group_row(step, "x" if step in (500, 501) else f"row {step}", step == 501) for step in range(1000)]
-    (runs / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = report.describe_run("a", runs / "a", dataclasses.asdict(Config()))
-    report.fit_groups([shown], 20_000)
-    assert {500, 501} < {group["step"] for group in shown["groups"]}
-    assert [group["switched"] for group in shown["groups"] if "switched" in group] == [500]
-
-
-@pytest.mark.parametrize("switch, right, mode, why", [
-    ("threshold:0.8", 1, "memorization", "reaches 0.8: it did not."), ("threshold:0.8", 1, "exploration", "it did."),
-    ("anneal", 0, "both", "does both"), ("budget:9", 0, "buffered", "when 9 prompts have failed"),
-    ("budget:9", 2, "exploration", "compared with each other"), ("explore", 0, "exploration", "in any case"),
-    ("memorize", 2, "memorization", "imitates the reference"), ("any-correct", 4, "exploration", "no gradient")])
-def test_the_report_gives_the_reason_of_each_rule(switch: str, right: int, mode: str, why: str) -> None:
-    assert why in report.explain_mode(dataclasses.asdict(Config(switch=switch)), group_row(0, "x", right, mode=mode))
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
-def test_the_report_works_in_a_browser(reported: Path) -> None:
-    page = reported.read_text().replace("<head>", "<head><script>const errors = []; onerror = e => errors.push(e);</script>")
-    (reported.parent / "probe.html").write_text(page.replace("</body>", PROBE))
-    shown = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={reported.parent / 'browser'}",
-         "--virtual-time-budget=3000", "--dump-dom", (reported.parent / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=60, check=True).stdout
-    out = json.loads(urllib.parse.unquote(base64.b64decode(shown.split("OUT")[1]).decode()))
-    assert out["errors"] == [] and out["elements"] == out["focus"] == out["unnamed"] == 0
-    assert out["charts"] == len(report.CURVES) and "<i>a" in out["values"] and out["at"] == "0"
-    assert out["memorized"] == "Step 0; group 1 of 1" and "None of 4 responses is right" in out["why"]
-    assert out["explored"] == out["some"] == "Step 1; group 1 of 3"
-    assert out["kept"] == "Step 1; group 2 of 4" and out["next"] == "Step 2; group 3 of 4; memorized before, at step 0"
-    assert out["switched"] == out["next"] and "not used" in out["why"] and "not used" not in out["used"]
-    assert re.fullmatch(r"\d of 8 rows", out["wrong"]) and out["columns"] == "Question,before: <i>a at step 0,b at step 1"
-    assert out["tapped"] == "1"
 
 
 def test_tensorboard_gets_every_number_or_says_what_is_missing(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
