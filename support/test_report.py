@@ -23,7 +23,7 @@ from reward import Example
 from support import files, report, samples, settings, story, toy
 from support import runs as run_folders
 from support.errors import UserError
-from test_dyme import Capture, Patch, Row, run
+from test_dyme import Capture, Row, run
 
 # ---- What a run keeps -----------------------------------------------------------------------------
 
