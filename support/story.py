@@ -143,8 +143,14 @@ def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, A
     thinking = "how much of the thinking is in a reference trace"
     if helper_rates(cfg):
         thinking = "how a helper rates the thinking"
+    rule = "All are compared with each other in any case."
+    if by_eq_6(cfg):
+        rule = ("If any is right, they are compared with each other: exploration. If none is, the reference trace is imitated "
+                "in their place: memorization.")
+    elif cfg["mode"] == "dyme":
+        rule = f"Which prompts are explored and which memorized is decided by --switch {cfg['switch']}."
     return text + (f"Here is what training did with one prompt. At each visit the model samples {len(group['responses'])} "
-                   f"responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from 0 to 1, says {thinking}.")
+                   f"responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from 0 to 1, says {thinking}. {rule}")
 
 
 def worth_telling(visits: list[Group]) -> list[Group]:

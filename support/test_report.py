@@ -305,6 +305,7 @@ def test_the_story_goes_from_collapse_over_memorization_to_the_last_visit() -> N
     tale = told(*visits("s", "sum", (2, 0), (4, 0), (7, 1), (9, 4)))
     assert tale["title"] == "“Q <b>?”: none of 4 right at step 2, 4 of 4 at step 9"
     assert "Of 3 kinds of question, “sum” was the hardest for the base: 0.00 of" in tale["lead"]
+    assert "If none is, the reference trace is imitated" in tale["lead"]
     assert [visit["right"] for visit in tale["visits"]] == [0, 0, 1, 4] and tale["curve"] == {"step": [0, 9], "value": [0.0, 0.5]}
     first, imitated, explored, last = tale["chapters"]
     assert first["title"] == "1. Step 2: the first visit, none of 4 right" and first["equations"] == [{"kind": "switch"}]
@@ -326,7 +327,9 @@ def test_the_story_says_only_what_a_run_did() -> None:
     collapsed = visits("s", "sum", (2, 0), (4, 0))
     for row in collapsed:
         row["mode"], row["target"] = "exploration", None
-    first, last = told(*collapsed, mode="grpo", thinking_weight=0.0)["chapters"]
+    tale = told(*collapsed, mode="grpo", thinking_weight=0.0)
+    first, last = tale["chapters"]
+    assert "compared with each other in any case" in tale["lead"]
     assert first["equations"] == [{"kind": "alike", "reward": 0.5}] and "GRPO compares" in first["decision"]
     assert first["aside"] == [] and last["title"].startswith("2.")  # r_t was not rewarded: no word of its trace
     tempting = visits("s", "sum", (2, 0), (4, 1))
