@@ -112,6 +112,15 @@ out.pictures = document.querySelectorAll("#compared img").length; out.marks = do
 change("changed", "wrong"); out.wrong = $("answered").textContent;
 change("of", data.answers.columns.findIndex(c => c.name.startsWith("b at"))); change("changed", "");
 out.columns = [...$("compared").querySelector(".cells").children].map(e => e.firstChild.textContent).join();
+const many = data.answers;
+while (many.columns.length < 5) {
+  many.columns.push({name: "one more", before: 0});
+  for (const row of many.rows) row.cells.push(row.cells[1]);
+}
+change("of", "");
+const cells = [...$("compared").querySelector(".cells").children].map(e => e.getBoundingClientRect());
+out.cells = cells.length; out.rows = new Set(cells.map(cell => cell.top)).size;
+out.past = cells.filter(cell => cell.right > innerWidth).length;
 $("step").value = 0; $("step").dispatchEvent(new Event("input")); out.at = $("at").textContent;
 const box = document.querySelector("#charts svg[role]").getBoundingClientRect();
 document.querySelector("#charts svg[role]").dispatchEvent(
@@ -208,6 +217,10 @@ def test_the_report_keeps_the_groups_that_switch(runs: Path, capsys: Capture) ->
     report.fit_groups([shown], 20_000)
     assert {500, 501} < {group["step"] for group in shown["groups"]}
     assert [group["switched"] for group in shown["groups"] if "switched" in group] == [500]
+    shown = report.describe_run("a", runs / "a", dataclasses.asdict(Config()), {})
+    shown["groups"][901]["told"] = True
+    report.fit_groups([shown], 3_000)
+    assert 901 in {group["step"] for group in shown["groups"]} and len(shown["groups"]) < 4  # the story's go first
 
 
 @pytest.mark.parametrize("switch, right, mode, why", [
@@ -260,6 +273,7 @@ def test_the_report_works_in_a_browser(reported: Path, width: int) -> None:
     assert out["all"] == "8 of 8 rows" and out["pictures"] == 8 and out["marks"] > 0
     assert re.fullmatch(r"\d of 8 rows", out["wrong"]) and out["columns"] == "before: <i>a at step 0,b at step 1"
     assert out["tapped"] == "1"
+    assert out["cells"] == 5 and out["past"] == 0 and (out["rows"] == 1) is (width == 1280)  # five fit beside each other
 
 
 # ---- The story ------------------------------------------------------------------------------------
@@ -291,7 +305,7 @@ def test_the_story_is_of_the_hardest_kind_that_was_explored_after_all() -> None:
     never, once = visits("s", "sum", (1, 0), (4, 0)), visits("u", "sum", (5, 0))
     assert told(*never, *once, *easy)["name"] == "t"
     assert told(*never, *easy, *seldom)["name"] == "d"
-    longer = visits("v", "difference", (0, 0), (3, 1), (6, 2))
+    longer = visits("v", "difference", (0, 0), (3, 1), (6, 1))
     assert told(*seldom, *longer)["name"] == "v" and told(*seldom, *visits("w", "difference", (0, 0), (9, 3)))["name"] == "w"
     # A run that does not switch is not shown by the prompts that suit it.
     assert told(*never, *easy, mode="grpo", thinking_weight=0.0)["name"] == "s"
