@@ -49,7 +49,8 @@ def memorizing(run: dict[str, Any]) -> str:
 def hardest_kinds(evaluations: list[dict[str, Any]]) -> list[str]:
     """The kinds of question (sources), the one that the base was worst at first."""
     first = evaluations[0] if evaluations else {}
-    kinds = [key.removeprefix("strict_") for key, value in first.items() if key.startswith("strict_") and value is not None]
+    kinds = [key.removeprefix("strict_") for key, value in first.items()
+             if key.startswith("strict_") and value is not None]
     # In any format, where that is known: a base may be wrong in its form alone.
     return sorted(kinds, key=lambda kind: first.get(f"any_format_{kind}", first[f"strict_{kind}"]))
 
@@ -117,7 +118,8 @@ def tell(cfg: dict[str, Any], groups: list[Group], evaluations: list[dict[str, A
         values = ", ".join(f"{value:.2f} at step {step}" for step, value in curve)
         closing.insert(0, f"Accuracy on held-out questions of this kind, in the course of the run: {values}.")
     return {"name": visits[0]["name"], "title": title(visits), "lead": lead(cfg, visits, evaluations),
-            "visits": [{"step": g["step"], "mode": g["mode"], "right": right(g), "of": len(g["responses"])} for g in visits],
+            "visits": [{"step": group["step"], "mode": group["mode"], "right": right(group), "of": len(group["responses"])}
+                       for group in visits],
             "curve": {"step": [step for step, _ in curve], "value": [value for _, value in curve]}, "kind": kind,
             "chapters": chapters, "closing": closing}
 
@@ -145,12 +147,13 @@ def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, A
         thinking = "how a helper rates the thinking"
     rule = "All are compared with each other in any case."
     if by_eq_6(cfg):
-        rule = ("If any is right, they are compared with each other: exploration. If none is, the reference trace is imitated "
-                "in their place: memorization.")
+        rule = ("If any is right, they are compared with each other: exploration. If none is, the reference trace is "
+                "imitated in their place: memorization.")
     elif cfg["mode"] == "dyme":
         rule = f"Which prompts are explored and which memorized is decided by --switch {cfg['switch']}."
-    return text + (f"Here is what training did with one prompt. At each visit the model samples {len(group['responses'])} "
-                   f"responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from 0 to 1, says {thinking}. {rule}")
+    return text + ("Here is what training did with one prompt. At each visit the model samples "
+                   f"{len(group['responses'])} responses. Rules say whether the answer is right (r_a, 1 or 0); r_t, from "
+                   f"0 to 1, says {thinking}. {rule}")
 
 
 def worth_telling(visits: list[Group]) -> list[Group]:
@@ -167,7 +170,8 @@ def tell_visit(cfg: dict[str, Any], group: Group, visits: list[Group]) -> list[d
         text = f"The first visit on record. {faults(group)}"
         heading = "the first visit"
     else:
-        text = f"{group['step'] - visits[place - 1]['step']} steps after the last visit the question is back. {faults(group)}"
+        since = group["step"] - visits[place - 1]["step"]
+        text = f"{since} steps after the last visit the question is back. {faults(group)}"
         heading = "the last visit" if group is visits[-1] else "back again"
         if group is first_exploration(visits):
             heading = "the first right answer" if count == 1 else "the first right answers"
@@ -222,8 +226,8 @@ def tempting(cfg: dict[str, Any], group: Group) -> list[str]:
     if right(group) or not any(advantages):
         return []
     k = advantages.index(max(advantages))
-    text = (f"Had they been compared all the same, y{k + 1} would have won, with an advantage of {signed(advantages[k])}, "
-            "though it is wrong.")
+    text = (f"Had they been compared all the same, y{k + 1} would have won, with an advantage of "
+            f"{signed(advantages[k])}, though it is wrong.")
     return [f"{text} That is why the switch looks at right answers only." if by_eq_6(cfg) else text]
 
 
@@ -233,8 +237,8 @@ def imitated(cfg: dict[str, Any], group: Group) -> dict[str, Any]:
     text = []
     if group["facts"]:
         text = ["All numbers in its thinking are in the image, or follow from such." if not wrong else
-                f"Its answer is the true one, but its thinking says {listed(wrong)}, which the image does not: what is "
-                "imitated here is pseudo thinking."]
+                f"Its answer is the true one, but its thinking says {listed(wrong)}, which the visual facts do not: "
+                "what is imitated here is pseudo thinking."]
     return {"title": "Same step: the reference is imitated", "step": group["step"], "before": [], "shown": [],
             "decision": "", "part": "target", "after": text, "aside": [],
             "equations": [{"kind": "imitate", "prompts": cfg["prompts"]}] if cfg["mode"] == "dyme" else []}
@@ -253,7 +257,8 @@ def compared(group: Group) -> list[str]:
         text.append("As all are right, only their thinking tells them apart.")
     if group["facts"] and sound:
         grounded = sum(not ungrounded(response["text"]) for response in sound)
-        text.append(f"Right responses that quote only what is in the image or follows from it: {grounded} of {len(sound)}.")
+        text.append("Right responses that quote only what is in the image or follows from it: "
+                    f"{grounded} of {len(sound)}.")
     return text
 
 
@@ -262,7 +267,7 @@ def what_the_trace_says(cfg: dict[str, Any], group: Group) -> list[str]:
     wrong = misread(group, group["trace"])
     if not (wrong and cfg["thinking_weight"]) or helper_rates(cfg):
         return []
-    text = f"This trace itself says {listed(wrong)}, which the image does not; r_t goes by it all the same."
+    text = f"This trace itself says {listed(wrong)}, which the visual facts do not; r_t goes by it all the same."
     if by_eq_6(cfg):
         text += " r_a, and so the switch, does not look at it."
     sound = [response for response in group["responses"] if response["r_a"] > 0]
@@ -324,7 +329,9 @@ def elsewhere(name: str, shown: list[dict[str, Any]], teller: dict[str, Any]) ->
     for run in shown:
         visits = [group for group in run["groups"] if group["name"] == name]
         if run is not teller and run["data"] == teller["data"] and visits:
-            seen = "; ".join(f"step {g['step']}, {right(g)} of {len(g['responses'])} right, {g['mode']}" if g["responses"]
-                             else f"step {g['step']}, {g['mode']}" for g in visits)
-            lines.append(f"{run['name']} ({MODE_NAMES[run['mode']]}): {seen}.")
+            seen = []
+            for group in visits:
+                result = f", {right(group)} of {len(group['responses'])} right" if group["responses"] else ""
+                seen.append(f"step {group['step']}{result}, {group['mode']}")
+            lines.append(f"{run['name']} ({MODE_NAMES[run['mode']]}): {'; '.join(seen)}.")
     return lines

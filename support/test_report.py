@@ -88,7 +88,7 @@ def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture)
 PROBE = """<script>{
 const out = {}, change = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
 const texts = selector => [...document.querySelectorAll(selector)].map(e => e.textContent);
-out.headline = $("headline").textContent; out.story = $("story").textContent;
+out.begin = $("answered").textContent; out.headline = $("headline").textContent; out.story = $("story").textContent;
 out.titles = texts("#story h3, #story h4"); out.equations = texts("#story .equation");
 document.querySelectorAll("#story button")[1].click(); out.opened = $("place").textContent;
 out.focused = document.activeElement.id;
@@ -270,7 +270,7 @@ def test_the_report_works_in_a_browser(reported: Path, width: int) -> None:
     assert out["lanes"] == ["all prompts", "sum", "kept prompts"] and out["blocks"] >= 2 + 4
     assert out["clicked"] == "Step 2; group 3 of 4; memorized before, at step 0"  # the last of its lane
     assert out["switched"] == out["next"] and "not used" in out["why"] and "not used" not in out["used"]
-    assert out["all"] == "8 of 8 rows" and out["pictures"] == 8 and out["marks"] > 0
+    assert out["begin"] == out["all"] == "8 of 8 rows" and out["pictures"] == 8 and out["marks"] > 0
     assert re.fullmatch(r"\d of 8 rows", out["wrong"]) and out["columns"] == "before: <i>a at step 0,b at step 1"
     assert out["tapped"] == "1"
     assert out["cells"] == 5 and out["past"] == 0 and (out["rows"] == 1) is (width == 1280)  # five fit beside each other
@@ -352,7 +352,7 @@ def test_the_story_says_only_what_a_run_did() -> None:
     tempting[0]["target"] = "red 3.\nAnswer: 0"
     chapters = told(*tempting)["chapters"]
     assert chapters[0]["after"][0].startswith("Had they been compared all the same, y2 would have won, with an advantage of +1.70")
-    assert "its thinking says 3, which the image does not" in chapters[1]["after"][0]
+    assert "its thinking says 3, which the visual facts do not" in chapters[1]["after"][0]
     tempting[1]["responses"][0]["advantage"] = 5.0  # not by Eq. 2, as with --released-code
     assert told(*tempting)["chapters"][2]["equations"] == [{"kind": "switch"}]
     assert told(*tempting, switch="memorize")["chapters"][0]["equations"] == []  # Eq. 6 did not decide
