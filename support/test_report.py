@@ -360,6 +360,16 @@ def test_the_story_says_only_what_a_run_did() -> None:
     assert "a helper rates" in helped["lead"] and helped["chapters"][2]["aside"] == []
 
 
+def test_the_story_looks_at_the_same_prompt_in_other_runs() -> None:
+    mine, other = visits("s", "sum", (2, 0), (4, 1)), visits("s", "sum", (3, 0), (8, 2))
+    imitated = other[0] | {"responses": [], "mode": "memorization"}
+    runs = [{"name": name, "mode": mode, "data": data, "groups": groups} for name, mode, data, groups in (
+        ("a", "dyme", "toy", mine), ("g", "grpo", "toy", other), ("t", "sft", "toy", [imitated]),
+        ("elsewhere", "dyme", "chartqa", other), ("never", "dyme", "toy", visits("r", "sum", (1, 1))))]
+    assert story.elsewhere("s", runs, runs[0]) == [
+        "g (GRPO): step 3, 0 of 4 right, memorization; step 8, 2 of 4 right, exploration.", "t (SFT): step 3, memorization."]
+
+
 def test_the_headline_is_what_happened() -> None:
     def shown(name: str, mode: str, *strict: float) -> Row:
         rows = [{"step": 75 * i, "strict": value, "any_format": 0.6, "valid_thinking": value / 2, "strict_sum": value / 4,
