@@ -1028,7 +1028,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     scaler = parallel.gradient_scaler(policy.device)
-    helper = supervision.open_helper(cfg)
+    helper = supervision.open_helper(cfg, policy.tokenizer)
     return Trainer(cfg, policy, optimizer, scaler, helper=helper)
 
 
@@ -1145,7 +1145,8 @@ def train_loop(trainer: Trainer, examples: list[Example], held_out: list[Example
     cfg = trainer.cfg
     stream = feed_prompts(trainer, examples, range(first, cfg.steps))
     bar = runs.progress_bar(cfg.mode, first, cfg.steps)
-    with bar, runs.finish_step_on_interrupt() as interrupted, contextlib.closing(stream):
+    with (bar, runs.finish_step_on_interrupt() as interrupted, contextlib.closing(stream),
+          trainer.helper or contextlib.nullcontext()):
         for step in range(first, cfg.steps):
             method, lr = schedule(cfg, step)
             if cfg.beta and method == "grpo" and trainer.reference is None:

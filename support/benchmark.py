@@ -51,7 +51,7 @@ def benchmark(cfg: Config, steps: int) -> None:
     if cfg.beta:
         trainer.reference = copy.deepcopy(policy.model).requires_grad_(False)
     if trainer.helper:
-        trainer.helper.file = None
+        trainer.helper.file, trainer.helper.known = None, {}
     if not cfg.micro_batch:
         cfg.micro_batch = memory.choose_micro_batch(dyme.trial_update, trainer, examples)
     records = time_steps(trainer, examples, steps)
@@ -67,7 +67,7 @@ def time_steps(trainer: dyme.Trainer, examples: list[Example], steps: int) -> li
     records = []
     stream = dyme.feed_prompts(trainer, examples, range(steps + 1))
     bar = tqdm(range(steps + 1), "benchmark", ncols=80, disable=not parallel.is_main())
-    with contextlib.closing(stream):
+    with contextlib.closing(stream), trainer.helper or contextlib.nullcontext():
         for step in bar:
             spent.clear()
             batch = [examples[i] for i in dyme.step_rows(cfg, step, len(examples))]

@@ -155,8 +155,7 @@ def begin(cfg: Any, step: int, examples: list[Example], held_out: list[Example])
     run = Path(cfg.out)
     if not (cfg.resume and (run / "checkpoint").exists()):
         for path in outputs(run):
-            # Replies that were paid for outlive a crash before the first save.
-            if not (cfg.resume and path.name == "helper.jsonl"):
+            if path.name != "helper.jsonl":  # whose replies were paid for
                 files.remove(path)
     # What --resume changed holds from now on.
     saved = dataclasses.asdict(cfg) | {"resume": False, "rows": fingerprint(examples, held_out)}
