@@ -17,15 +17,18 @@ from typing import Any
 import reward
 from support import toy
 
-Script = Callable[[str, int], str | int]  # the reply to a prompt, the n-th: a text, a status, or a fault
+# The reply to a prompt, the n-th: a text, a status, or a fault (hang, drip, garbage, wrong).
+Script = Callable[[str, int], str | int]
+CUT_OFF = "(cut off)"  # a reply that ends so says that it met its limit of tokens
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A chat server that answers by `script` and keeps the requests, key and prompt, in `seen`."""
+    """A chat server that answers by `script`; keeps key and prompt of requests in `seen`, their JSON in `bodies`."""
 
     def __init__(self, script: Script, port: int) -> None:
         super().__init__(("127.0.0.1", port), Chat)
         self.seen: list[tuple[str, str]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.script, self.url = script, f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -36,7 +39,9 @@ class Chat(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = request["messages"][-1]["content"]
+        content = request["messages"][-1]["content"]
+        text = content if isinstance(content, str) else content[0]["text"]  # the rest is an image
+        self.server.bodies.append(request)
         self.server.seen.append((self.headers["Authorization"], text))
         reply = self.server.script(text, len(self.server.seen))
         if reply == "hang":
@@ -46,13 +51,17 @@ class Chat(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]})
+            {"index": 0, "finish_reason": "length" if reply.endswith(CUT_OFF) else "stop",
+             "message": {"role": "assistant", "content": reply}}]})
         body = {"garbage": "<html>", "wrong": json.dumps({"choices": []})}.get(reply, body).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(OSError):
+            for i in range(60 if reply == "drip" else 0):
+                self.wfile.write(body[i:i + 1])
+                time.sleep(0.1)
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
