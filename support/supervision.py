@@ -30,14 +30,23 @@ from support.errors import UserError
 # The form of thinking, by `--data`: a domain, or a file of rows by its name. Those of charts and of A-OKVQA
 # have the steps of the examples in the release's prompts; the others are ours.
 TEMPLATES = {
-    "": "Goal: what is asked.\nObservation: the facts needed.\nReasoning: the steps.\nConclusion: the result.",
-    "aokvqa": "Premise: the fact that matters most.\nElaboration: what else is known of it, and what follows.\n"
-              "Conclusion: the result.",
-    "slake": "Observation: the kind of image, and the organs and findings in it that matter.\n"
-             "Knowledge: what medicine knows of them, where it is needed.\nConclusion: the result.",
-    "geo170k": "Given: what figure and question state.\nWanted: what is asked.\n"
-               "Derivation: one step after the other, each with its theorem or calculation.\nConclusion: the result.",
-    "gsm8k": "Given: the numbers of the question.\nSteps: one calculation after the other.\nConclusion: the result.",
+    "": """Goal: what is asked.
+Observation: the facts needed.
+Reasoning: the steps.
+Conclusion: the result.""",
+    "aokvqa": """Premise: the fact that matters most.
+Elaboration: what else is known of it, and what follows.
+Conclusion: the result.""",
+    "slake": """Observation: the kind of image, and the organs and findings in it that matter.
+Knowledge: what medicine knows of them, where it is needed.
+Conclusion: the result.""",
+    "geo170k": """Given: what figure and question state.
+Wanted: what is asked.
+Derivation: one step after the other, each with its theorem or calculation.
+Conclusion: the result.""",
+    "gsm8k": """Given: the numbers of the question.
+Steps: one calculation after the other.
+Conclusion: the result.""",
 }
 # Lengths of a reply in tokens, as in the release.
 FACTS_TOKENS, TRACE_TOKENS, RATING_TOKENS = 5000, 1000, 10

@@ -23,7 +23,7 @@ CUT_OFF = "(cut off)"  # a reply that ends so says that it met its limit of toke
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A chat server that answers by `script`; keeps key and prompt of requests in `seen`, their JSON in `bodies`."""
+    """A chat server that answers by `script`; `seen` has key and prompt of each request, `bodies` its JSON."""
 
     def __init__(self, script: Script, port: int) -> None:
         super().__init__(("127.0.0.1", port), Chat)
