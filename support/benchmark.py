@@ -25,7 +25,7 @@ from tqdm import tqdm
 import dyme
 from dyme import Config, Groups, Policy, Prefix, Rollout, Sequence
 from reward import Example
-from support import data, parallel, runs, settings, vision
+from support import data, memory, parallel, runs, settings, vision
 
 
 def split_steps(argv: list[str]) -> tuple[int, list[str]]:

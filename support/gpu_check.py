@@ -8,6 +8,7 @@ A check that fails says so, and the next one runs. The weights do not matter, on
 
 import argparse
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -241,12 +242,12 @@ def main() -> None:
     examples = data.load_data(args.data, "train")
     policy = replace(dyme.load_policy(args.model, device), end_ids=[-1])  # no response ever ends
     for check in CHECKS:
-        report(check.__doc__.splitlines()[0], lambda check=check: check(policy, examples))
-    del policy
+        report(check.__doc__.splitlines()[0], functools.partial(check, policy, examples))
+    policy.model.to("cpu")  # the programs that follow need the memory
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         for words in commands(args.model, args.data, folder):
-            report("python " + " ".join(words), lambda words=words: run_command(words))
+            report("python " + " ".join(words), functools.partial(run_command, words))
 
 
 if __name__ == "__main__":

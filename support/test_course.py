@@ -1,23 +1,52 @@
-"""The course: these check what you write into exercises.py beside the code (see support/README.md)."""
+"""The course (COURSE.md): these check what you write into exercises.py beside the code.
 
+A check says what was expected of which input, never how it is found. So no assert and no traceback is shown here,
+and what is expected stands here as numbers.
+"""
+
+import dataclasses
 import importlib.util
+import inspect
+import itertools
 import json
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 import dyme
 import reward
-from dyme import Policy
-from reward import Example, verify
-from support import data, domains, toy
-from support.test_support import answered, write_image
-from test_dyme import Patch, make_trainer, take
+from reward import Example
+from support import data, domains, files, judging, settings, toy
+from test_dyme import Patch, Row
 
-EXERCISES = ("broken_target_ids", "group_gradient", "explore_if_mixed", "grounded_thinking",
-             "right_for_wrong_reasons", "counting_row", "matched_steps")
+EXERCISES = ("explore_curve", "group_gradient", "right_for_wrong_reasons", "counting_row", "sum_loss", "twins",
+             "clipped_loss", "hack", "mended", "will_learn")
+
+
+# ---- How a check speaks ---------------------------------------------------------------------------
+
+
+def refuse(message: str) -> NoReturn:
+    """Fail an exercise with this message alone."""
+    pytest.fail(message, pytrace=False)
+
+
+def place(error: BaseException) -> str:
+    """What was raised, and at which line of exercises.py."""
+    said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, SyntaxError):
+        return f"{said} (exercises.py line {error.lineno})"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "exercises.py"]
+    return f"{said} (exercises.py line {lines[-1]})" if lines else said
 
 
 def attempt(name: str) -> Any:
@@ -26,94 +55,391 @@ def attempt(name: str) -> Any:
     if not file.exists():
         pytest.skip("there is no exercises.py yet")
     spec = importlib.util.spec_from_file_location("exercises", file)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    failed = ""
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a student's file may raise anything
+        failed = place(error)
+    if failed:
+        refuse(f"exercises.py cannot be imported: {failed}")
     if not hasattr(module, name):
         pytest.skip(f"exercises.py has no {name} yet")
     return getattr(module, name)
 
 
-def test_exercise_1_predict_the_mode() -> None:
+def answer(function: Callable[..., Any], *args: Any, given: str) -> Any:
+    """What a student's function returns; what it raises is told without the check around it."""
+    failed = ""
+    try:
+        return function(*args)
+    except Exception as error:  # noqa: BLE001 - a student's function may raise anything
+        failed = place(error)
+    refuse(f"{given} raised {failed}")
+
+
+def floats(value: Any) -> list[float]:
+    """All numbers of a value in order: a number, a tensor, an array, lists and tuples of these. Raises TypeError."""
+    if isinstance(value, Tensor):
+        return floats(value.tolist())
+    if isinstance(value, list | tuple | np.ndarray):
+        return [number for part in value for number in floats(part)]
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{value!r} is not a number")
+    return [float(value)]
+
+
+def expect_numbers(got: Any, expected: Any, tolerance: float, given: str) -> None:
+    """Refuse unless `got`, in whatever container, holds the expected numbers, up to a share and 1e-6."""
+    wanted = floats(expected)
+    try:
+        numbers = floats(got)
+    except (TypeError, ValueError):
+        numbers = []
+    near = [abs(a - b) <= tolerance * abs(b) + 1e-6 for a, b in zip(numbers, wanted, strict=False)]
+    if len(numbers) != len(wanted) or not all(near):
+        refuse(f"{given}\n  expected {shown(expected)}\n  got      {shown(got)}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: four digits, tensors and arrays as lists."""
+    if isinstance(value, Tensor | np.ndarray):
+        return shown(value.tolist())
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value!r:.200}"
+
+
+# ---- The exercises --------------------------------------------------------------------------------
+
+
+def test_exercise_01_predict_the_mode() -> None:
     predicted = attempt("MODES")
-    correct = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float)
-    thinking = torch.tensor([[.2, .2, .2, .2], [.5, .5, .5, .5], [.7, .7, .7, .7], [.1, .9, .9, .9]])
+    correct = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float)
+    thinking = torch.tensor([[.2] * 4, [.9, .1, .1, .1], [.5] * 4, [.7] * 4, [.1, .9, .9, .9]])
     explore = dyme.choose_mode(correct)
     learns = ~explore | ~dyme.no_variance(correct + thinking)
-    right = [("explore" if e else "memorize", bool(x)) for e, x in zip(explore, learns, strict=True)]
-    if predicted != right:  # no assert, which would show the solution
-        pytest.fail("not yet: a right response makes a group explore, differing rewards give a gradient", pytrace=False)
+    right = 0
+    form = 'MODES: expected five pairs such as ("explore", True), a mode and a truth value each; got '
+    if not isinstance(predicted, list | tuple) or len(predicted) != 5:
+        refuse(form + repr(predicted)[:200])
+    for pair, explores, gradient in zip(predicted, explore, learns, strict=True):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[0] not in ("explore", "memorize"):
+            refuse(form + repr(pair)[:200])
+        if isinstance(pair[1], str) or pair[1] not in (True, False):
+            refuse(form + repr(pair)[:200])
+        right += pair[0] == ("explore" if explores else "memorize") and bool(pair[1]) == bool(gradient)
+    if right < 5:
+        refuse(f"MODES: {right} of 5 pairs are right. The first half of a pair is the mode of Eq. 6; the second says "
+               "whether what the group adds to the loss of Eq. 8 in that mode has a gradient.")
 
 
-def test_exercise_2_break_the_end_token(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
-    whole, broken, finished = dyme.target_ids, attempt("broken_target_ids"), {}
-
-    def with_the_original_at_hand(*args: Any) -> list[int]:
-        dyme.target_ids = whole
-        ids = broken(*args)
-        dyme.target_ids = with_the_original_at_hand
-        return ids
-
-    for name, function in (("whole", whole), ("broken", with_the_original_at_hand)):
-        monkeypatch.setattr(dyme, "target_ids", function)
-        trainer = make_trainer(tiny, mode="sft", steps=40)
-        for step in range(40):
-            take(trainer, examples[:4], step, "sft", 3e-3)
-        answers = list(dyme.respond(trainer.policy, examples[:4], 48, 4))
-        finished[name] = sum(a["finished"] for a in answers) / len(answers)
-    assert finished["whole"] > 0.8, "the lesson itself failed: nothing ends even with whole targets"
-    assert finished["broken"] < 0.2, f"{finished['broken']:.0%} of responses still end"
+def test_exercise_02_explore_with_more_samples() -> None:
+    curve = attempt("explore_curve")
+    cases = (([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], [1, 2, 4], [(0.25, 0.25), (0.4375, 4 / 9), (175 / 256, 2 / 3)]),
+             ([[0, 0, 1], [0, 0, 0]], [3, 2], [(91 / 216, 0.5), (11 / 36, 1 / 3)]),
+             ([[1, 1], [1, 1]], [1, 2], [(1, 1), (1, 1)]))
+    for correct, sizes, expected in cases:
+        given = f"explore_curve of r_a = {correct} with sizes {sizes}, as pairs (predicted, measured)"
+        got = answer(curve, torch.tensor(correct, dtype=torch.float), sizes, given=given)
+        expect_numbers(got, expected, 2e-4, given)
 
 
-def test_exercise_3_collapsed_groups_give_no_gradient() -> None:
+def test_exercise_03_the_gradient_of_a_group() -> None:
     gradient = attempt("group_gradient")
-    torch.manual_seed(0)
-    for rewards in (torch.tensor([1.0, 0.0, 0.5, 1.7]).double(), torch.full((4,), 0.7).double()):
-        scores = torch.randn(4, 3, dtype=torch.float64)  # d log p(y_k) / d theta, per token
-        theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        weights = dyme.group_advantages(rewards[None])[0] / 4
-        dyme.policy_loss((scores @ theta)[:, None], torch.ones(4, 1), weights, torch.ones(4, dtype=torch.bool)).backward()
-        torch.testing.assert_close(torch.as_tensor(gradient(rewards, scores)).double(), theta.grad, rtol=1e-3, atol=1e-6)
+    scores = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0], [3.0, -2.0, 0.0], [-1.0, 0.5, 1.0]]).double()
+    cases = (([1.0, 0.0, 0.5, 1.7], [0.6363, -0.0994, -0.8352]),
+             ([0.7, 0.701, 0.7, 0.702], [1.1435, -0.6390, 0.1345]),  # hardly any variance
+             ([0.7, 0.7, 0.7, 0.7], [0.0, 0.0, 0.0]))
+    for rewards, expected in cases:
+        given = f"group_gradient of rewards {rewards} and scores {scores.tolist()}"
+        got = answer(gradient, torch.tensor(rewards, dtype=torch.float64), scores.clone(), given=given)
+        expect_numbers(got, expected, 2e-3, given)
 
 
-def test_exercise_4_a_switch_of_your_own() -> None:
-    switch = attempt("explore_if_mixed")
-    correct = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.float)
-    assert switch(correct).tolist() == [False, True, False, True]
+RIGHT, FALSE = "red 3, blue 4. 3 + 4 = 7.", "red 3, blue 4. 3 - 4 = 7."
 
 
-def test_exercise_5_a_thinking_reward_that_looks_at_the_image() -> None:
-    reward_of = attempt("grounded_thinking")
-    for true, low in zip(toy.make_examples("train", "high")[:100], toy.make_examples("train", "low")[:100]):
-        best = reward_of(true.hint, true.facts)
-        assert best == 1 and (low.hint == true.hint or 0 <= reward_of(low.hint, true.facts) < 1), low.hint
-    assert reward_of("It is so.", "red 4") == 0
+def test_exercise_04_right_for_the_wrong_reasons(tmp_path: Path) -> None:
+    shares = attempt("right_for_wrong_reasons")
+    kinds = {"sum": [RIGHT, FALSE, "red 1, blue 6. 1 + 6 = 7.", "So be it."], "difference": [], "value": [RIGHT, RIGHT]}
+    last = []
+    for kind, right in kinds.items():
+        example = Example("q", "7", facts="red 3, blue 4", source=kind)
+        last += [judging.judge(example, f"{thinking}\nAnswer: 7", True) for thinking in right]
+        last += [judging.judge(example, f"{thinking}\nAnswer: 8", True) for thinking in (RIGHT, FALSE)]
+    files.write_jsonl(tmp_path / "held-out-20.jsonl", last)
+    files.write_jsonl(tmp_path / "held-out-3.jsonl", last[:1])
+    given = ("right_for_wrong_reasons of a run whose last evaluation (step 20) has four right answers to sums, three "
+             "of them with a fault (a false equation, numbers not in the image, nothing quoted), no right answer to "
+             "differences, and two right answers to values, without fault")
+    got = answer(shares, tmp_path, given=given)
+    if not isinstance(got, dict) or got.keys() != kinds.keys() or got["difference"] is not None:
+        refuse(f"{given}\n  expected {{'sum': 0.75, 'difference': None, 'value': 0.0}}\n  got      {got!r}")
+    expect_numbers([got["sum"], got["value"]], [0.75, 0.0], 1e-4, f"{given}\nsum and value")
 
 
-def test_exercise_6_right_for_the_wrong_reasons(tmp_path: Path) -> None:
-    share = attempt("right_for_wrong_reasons")
-    rows = [{"strict": s, "grounded_numbers": g, "quoted_numbers": q} for s, g, q in
-            ((True, 2, 2), (True, 1, 2), (True, 0, 0), (False, 0, 3), (True, 0, 1))]
-    (tmp_path / "held-out-20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "held-out-3.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert share(tmp_path) == 0.5
+COUNTS = (  # the count, an answer, and whether it is right
+    (3, "3", True), (3, "three", True), (3, "Three.", True), (3, "THREE", True), (3, "3.", True), (3, "four", False),
+    (3, "13", False), (3, "30", False), (3, "thirty three", False), (3, "threescore", False), (1, "one", True),
+    (1, "ten", False), (1, "11", False), (10, "ten", True), (10, "10", True), (10, "1", False), (11, "11", True),
+    (11, "1", False), (25, "25.", True), (40, "41", False), (4, "", False))
 
 
-def test_exercise_7_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_exercise_05_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) -> None:
     row_to_example = attempt("counting_row")
-    rows = [{"picture": "1.png", "ask": f"How many cats in {i}?", "count": 3, "why": "One, two, three cats."} for i in range(12)]
+    counts = [count for count, _, _ in COUNTS]
+    rows = [{"picture": "1.png", "ask": f"How many cats in {i}?", "count": count, "why": f"I see {count} cats."}
+            for i, count in enumerate(counts)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.json").write_text(json.dumps(rows))
-    write_image(tmp_path / "pictures" / "1.png")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "pictures" / "1.png")
     domain = domains.Domain({"train": "train.json", "test": "test.json"}, row_to_example, "https://example.org")
     monkeypatch.setitem(domains.DOMAINS, "counting", domain)
-    example = data.load_data(f"counting:{tmp_path}", "test")[0]
-    assert example.question == "How many cats in 0?" and example.hint and example.image().size == (8, 8)
-    assert verify(reward.reference_response(example), example).correct
-    assert all(answered(example, a)[0] for a in ("3", "three", "Three.")) and not answered(example, "four")[0]
+    examples = answer(data.load_data, f"counting:{tmp_path}", "test", given=f"counting_row, for rows such as {rows[0]},")
+    for row, example, (count, said, right) in zip(rows, examples, COUNTS, strict=True):
+        check_counting_example(example, row)
+        given = f"a row with the count {count}, answered {said!r}:"
+        judged = answer(judging.judge, example, f"I think.\nAnswer: {said}", True, given=given)
+        if judged["strict"] != right:
+            refuse(f"{given} expected {'right' if right else 'wrong'} as a reward (`accepts`), got the opposite")
+        if judged["official"] != right:
+            refuse(f"{given} expected the official score {float(right)} (`scores`), "
+                   f"got {float(judged['official'])}")
 
 
-def test_exercise_8_a_fairer_baseline() -> None:
-    matched = attempt("matched_steps")
-    parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
-    ours = [dict.fromkeys(parts, 0.5) for _ in range(30)]
-    sft = [dict(zip(parts, (0.1, 0.0, 0.0, 0.4), strict=True)) for _ in range(10)]
-    assert matched(ours, sft) == pytest.approx(120, abs=1)
+def check_counting_example(example: Any, row: Row) -> None:
+    """Refuse an example that does not hold what its row does."""
+    given = f"counting_row of {row}:"
+    if not isinstance(example, Example):
+        refuse(f"{given} expected an Example, got {example!r:.200}")
+    if not isinstance(example.answer, str):
+        refuse(f"{given} expected a string as answer, got {example.answer!r}")
+    if (example.question, example.hint) != (row["ask"], row["why"]):
+        refuse(f"{given} expected its question and its trace, got {example.question!r} and {example.hint!r}")
+    if not callable(example.image) or answer(example.image, given=f"{given} its image").size != (8, 8):
+        refuse(f"{given} expected a function that opens pictures/1.png as `image`, got {example.image!r:.200}")
+    if not reward.verify(reward.reference_response(example), example).correct:
+        refuse(f"{given} its reference is {reward.reference_response(example)!r}, which the example takes as wrong")
+
+
+def loss_of(function: Callable[..., Any], logprobs: Tensor, *args: Any, given: str) -> tuple[float, list[list[float]]]:
+    """A student's loss and its gradient to `logprobs: (N, T)`."""
+    x = logprobs.clone().requires_grad_()
+    loss = answer(function, x, *args, given=given)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        refuse(f"{given}\n  expected a tensor with one number that depends on the log-probs\n  got      {loss!r:.200}")
+    gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0]
+    return loss.item(), (torch.zeros_like(x) if gradient is None else gradient).tolist()
+
+
+def test_exercise_06_token_mean_against_sum() -> None:
+    loss_function = attempt("sum_loss")
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -3.0, -5.0], [-2.0, -0.5, -1.0], [-1.5, -0.5, -3.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    weights, explore = torch.tensor([0.5, -0.25, -0.25, 0.25]), torch.tensor([True, True, True, False])
+    expected = [[-0.5, -0.5, 0.0], [0.25, 0.25, 0.25], [0.25, 0.0, 0.0], [-0.25, -0.25, 0.0]]
+    given = (f"the gradient of sum_loss to log-probs {shown(logprobs)}, with mask {shown(mask)}, weights "
+             f"{shown(weights)} and explore {shown(explore)}")
+    _, gradient = loss_of(loss_function, logprobs, mask, weights, explore, given=given)
+    expect_numbers(gradient, expected, 1e-4, given)
+
+
+def blind_f1(trace: str, reference: str) -> float:
+    """`reward.thinking_f1`, but operators are no tokens: for exercise 7, and to train with."""
+    without = [re.sub(r"[-+*/=×÷−]", " ", text) for text in (trace, reference)]
+    return reward.thinking_f1(*without)
+
+
+GROUPS = (  # facts, answer, thinking of the responses
+    ("red 8, blue 3", "5", ["red 8, blue 3. 8 - 3 = 5.", "red 8, blue 3. 8 + 3 = 5.", "red 8, blue 3. 3 - 8 = 5.",
+                            "blue 3, red 8. 8 - 3 = 5.", "red 9, blue 4. 9 - 4 = 5.", ""]),
+    ("red 8, blue 4", "4", ["red 8, blue 4. 4 + 8 = 4.", "red 8, blue 4. 8 + 4 = 4."]),  # none is valid
+    ("red 9, blue 2", "11", ["red 9, blue 2. 9 + 2 = 11.", "red 9, blue 2. 2 + 9 = 11."]),  # both are
+    (None, "5", ["red 8, blue 3. 8 - 3 = 5.", "red 8, blue 3. 8 + 3 = 5."]),  # no facts: nobody knows
+    ("red 8, blue 3", "5", []))  # a step of SFT
+BLIND, SEEING = [(0, 0, 1), (0, 0, 2), (0, 3, 1), (0, 3, 2)], [(0, 0, 2), (0, 3, 2)]
+
+
+def test_exercise_07_what_a_thinking_reward_cannot_see() -> None:
+    twins = attempt("twins")
+    for name, r_t, expected in (("without operators", blind_f1, BLIND), ("with operators", reward.thinking_f1, SEEING)):
+        rows = []
+        for step, (facts, right, texts) in enumerate(GROUPS):
+            responses = [{"text": f"{text}\nAnswer: {right}".strip(), "finished": True, "r_a": 1.0,
+                          "r_t": round(r_t(text, "red 8, blue 3. 8 - 3 = 5."), 4)} for text in texts]
+            rows.append({"step": step, "name": "row", "question": "How much taller is red than blue?", "answer": right,
+                         "facts": facts, "mode": "exploration", "target": None, "responses": responses})
+        shown = "\n".join(f"  step {i}, facts {facts}, answer {right}: {texts}"
+                          for i, (facts, right, texts) in enumerate(GROUPS))
+        given = f"twins of these groups, with an r_t {name}:\n{shown}"
+        got = answer(twins, rows, given=given)
+        try:
+            found = sorted(tuple(map(int, triple)) for triple in got)
+        except (TypeError, ValueError):
+            refuse(f"{given}\n  expected triples (step, i, j)\n  got      {got!r:.200}")
+        if found != expected:
+            refuse(f"{given}\n  expected {expected}\n  got      {found}")
+
+
+def test_exercise_08_two_updates_then_a_clip() -> None:
+    loss_function = attempt("clipped_loss")
+    ratios = torch.tensor([[1.0, 1.5, 0.5, 1.1], [1.0, 1.5, 0.5, 0.9], [1.5, 0.5, 1.0, 1.0]])
+    old = torch.tensor([[-1.0, -2.0, -3.0, -1.0], [-1.0, -2.0, -0.9, -2.0], [-1.0, -0.9, -7.0, -7.0]])
+    logprobs = old + ratios.log()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+    weights, explore = torch.tensor([0.4, -0.4, 0.2]), torch.tensor([True, True, False])
+    given = (f"clipped_loss of log-probs {shown(logprobs)}, old {shown(old)} (so that rho is {shown(ratios)}), mask "
+             f"{shown(mask)}, weights {shown(weights)}, explore {shown(explore)} and clip 0.2")
+    loss, gradient = loss_of(loss_function, logprobs, old, mask, weights, explore, 0.2, given=given)
+    expect_numbers(gradient, [[-0.1, 0.0, -0.05, -0.11], [0.1, 0.15, 0.0, 0.09], [-0.1, -0.1, 0.0, 0.0]], 1e-3,
+                   f"{given}\nits gradient to the log-probs")
+    expect_numbers(loss, 0.2588, 1e-3, f"{given}\nits value")
+
+
+def test_exercise_09_hack_the_thinking_reward() -> None:
+    hack = attempt("hack")
+    rewards = []
+    for example in toy.make_examples("train", "low")[:200]:
+        text = answer(hack, example.question, given=f"hack({example.question!r})")
+        if not isinstance(text, str):
+            refuse(f"hack({example.question!r}): expected a text, got {text!r:.200}")
+        rewards.append((reward.thinking_f1(text, example.hint), example.question, text))
+    mean = sum(r for r, _, _ in rewards) / len(rewards)
+    if mean < 0.65:
+        r, question, text = min(rewards)
+        refuse(f"the mean r_t of hack(question) over 200 toy questions: expected at least 0.65, got {mean:.3f}\n"
+               f"  the least, {r:.3f}, is that of {question!r}: {text!r}")
+
+
+def cheats(i: int, low: list[Example], true: list[Example], hack: Callable[[str], str]) -> Iterable[tuple[str, str]]:
+    """Traces for chart `i` that are no thinking: what is wrong with each, and the text."""
+    trace, answer_line = true[i].hint, true[i].hint.splitlines()[-1]
+    yield "nothing", ""
+    yield "the answer alone", answer_line
+    yield "the words backwards", " ".join(trace.split()[::-1])
+    yield "the same three times over", "\n".join([trace] * 3)
+    if low[i].hint != trace:
+        yield "the reference, whose values are not in the image", low[i].hint
+    swapped = re.sub(r"(\d) ([-+]) (\d)", lambda m: f"{m[1]} {'-' if m[2] == '+' else '+'} {m[3]}", trace)
+    if swapped != trace:
+        yield "a false equation", swapped
+    other = next(e for e in itertools.islice(itertools.cycle(true), i + 1, None)
+                 if e.source == true[i].source and e.answer != true[i].answer)
+    yield "another chart's thinking", other.hint
+    yield "your own hack", answer(hack, true[i].question, given=f"hack({true[i].question!r})")
+
+
+def test_exercise_09_mend_the_thinking_reward() -> None:
+    mended = attempt("mended")
+    hack = attempt("hack")
+    low, true = toy.make_examples("train", "low")[:60], toy.make_examples("train", "high")[:60]
+    for i, example in enumerate(low):
+        chart = f"the chart {example.facts} and {example.question!r}"
+        best = answer(mended, true[i].hint, example, given=f"mended, for {chart},")
+        for fault, trace in cheats(i, low, true, hack):
+            if not reward.thinking_fault(f"{trace}\nAnswer: {example.answer}", example) and fault == "your own hack":
+                continue  # it happens to be true of this chart
+            got = answer(mended, trace, example, given=f"mended, for {chart} and the trace {trace!r},")
+            if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in (best, got)):
+                refuse(f"mended, for {chart}: expected numbers from 0 to 1, got {best!r} and {got!r}")
+            if got > best - 0.2:
+                refuse(f"mended, for {chart}: the true trace gets {best:.3f}; expected at least 0.2 less, got {got:.3f} "
+                       f"for this trace ({fault}):\n{trace!r}")
+
+
+KINDS = ("value", "sum", "difference", "tallest", "shortest")
+BASES = {  # any_format, in_format and right of each kind; then the kinds that GRPO brought to 0.9
+    "without flags": ({"value": (1.0, 0.0003, 0.0), "sum": (0.52, 0.0013, 0.0), "difference": (1.0, 0.0006, 0.0),
+                       "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, set()),
+    "with sums": ({"value": (1.0, 0.0453, 0.0409), "sum": (0.22, 0.0322, 0.0019), "difference": (0.039, 0.129, 0.0012),
+                   "tallest": (1.0, 0.0265, 0.0185), "shortest": (1.0, 0.0247, 0.0206)},
+                  {"value", "sum", "tallest", "shortest"}),
+    "with more flags": ({"value": (1.0, 0.2653, 0.2625), "sum": (0.0, 0.2447, 0.0), "difference": (0.039, 0.2653, 0.0006),
+                         "tallest": (0.98, 0.2302, 0.2216), "shortest": (1.0, 0.2272, 0.2178)},
+                        {"value", "tallest", "shortest"}),
+}
+
+
+def test_exercise_10_which_skills_grpo_will_learn() -> None:
+    will_learn = attempt("will_learn")
+    for name, (measured, learned) in BASES.items():
+        base = {kind: dict(zip(("any_format", "in_format", "right"), measured[kind], strict=True)) for kind in KINDS}
+        given = f"will_learn of the base {name}, {base}"
+        got = answer(will_learn, base, given=given)
+        if not isinstance(got, list | tuple | set | frozenset) or not set(got) <= set(KINDS):
+            refuse(f"{given}\n  expected a list of kinds of question\n  got      {shown(got)}")
+        if set(got) != learned:
+            refuse(f"{given}\n  GRPO learned {sorted(learned)}\n  predicted    {sorted(got)}")
+
+
+# ---- The checks themselves, and the text ----------------------------------------------------------
+
+
+def wrong_row(row: Row, _: Path, name: str) -> Example:
+    return Example(row["ask"], row["count"], name=name)
+
+
+def broken(*_: Any) -> None:
+    raise KeyError("r_t")
+
+
+WRONG = {  # what is at hand and does not solve the exercise, and a word of the message
+    "explore_curve": (lambda correct, sizes: [(0.25, 0.25)] * len(sizes), "expected"),
+    "group_gradient": (broken, r"group_gradient of rewards \[1.0, .* raised KeyError: 'r_t'$"),
+    "right_for_wrong_reasons": (lambda run: {"sum": 0.75, "difference": 0.0, "value": 0.0}, "no right answer"),
+    "counting_row": (wrong_row, "expected a string as answer, got 3"),
+    "sum_loss": (dyme.policy_loss, "expected .*\n  got"),
+    "twins": (lambda rows: [], r"expected \[\(0, 0, 1\)"),
+    "clipped_loss": (lambda x, old, mask, weights, explore, clip: dyme.policy_loss(x, mask, weights, explore), "gradient"),
+    "hack": (lambda question: question, "at least 0.65, got"),
+    "mended": (lambda trace, example: reward.thinking_f1(trace, example.hint), "at least 0.2 less"),
+    "will_learn": (lambda base: [kind for kind in base if base[kind]["any_format"] > 0.9], "GRPO learned"),
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_check_refuses_and_shows_only_its_message(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    wrong, said = WRONG[name]
+    tries = {"hack": lambda question: question} | {name: wrong}
+    monkeypatch.setitem(globals(), "attempt", tries.__getitem__)
+    check = next(test for title, test in globals().items()
+                 if title.startswith("test_exercise") and f'attempt("{name}")\n' in inspect.getsource(test))
+    arguments = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    with pytest.raises(pytest.fail.Exception, match=said) as failure:
+        check(**{key: arguments[key] for key in inspect.signature(check).parameters})
+    assert failure.value.pytrace is False
+
+
+def test_numbers_are_taken_from_any_container() -> None:
+    for value in ([(1, 2.5)], (torch.tensor(1), np.float64(2.5)), torch.tensor([[1], [2.5]]), np.array([1, 2.5])):
+        expect_numbers(value, [1, 2.5], 1e-6, "f")
+    for value in ([1], [1, 2.6], None, "1, 2.5", [1, None], [1, float("nan")], {"a": 1}):
+        with pytest.raises(pytest.fail.Exception, match="expected"):
+            expect_numbers(value, [1, 2.5], 1e-6, "f")
+
+
+def test_the_course_names_what_exists() -> None:
+    here = Path(dyme.__file__).parent
+    course, readme = ((here / "support" / name).read_text() for name in ("COURSE.md", "README.md"))
+    written = set(re.findall(r"`([a-z]+_[a-z_0-9]+)`", course)) | set(re.findall(r"`([a-z_]+)\(", course))
+    places = [dyme, reward, domains, toy]
+    judged = judging.judge(Example("q", "7", facts="red 7"), "Answer: 7", True)
+    known = set(judged) | set(EXERCISES) | set(re.findall(r"`(\w+)`", readme)) | {"blind_f1", "r_t"}
+    assert set(EXERCISES) <= written and not [n for n in written - known if not any(hasattr(p, n) for p in places)]
+    flags = {settings.flag(field.name) for field in dataclasses.fields(dyme.Config)}
+    code = (here / "eval.py").read_text()
+    assert not [f for f in re.findall(r"--[a-z][a-z-]+", course) if f not in flags and f'"{f[2:]}"' not in code]
+    assert len(re.findall(r"^\*\*\d+\. ", course, re.MULTILINE)) == 10 and "TODO" not in course
+
+
+def test_the_courses_recipe_trains_with_a_function_of_ones_own(tmp_path: Path, monkeypatch: Patch) -> None:
+    course = (Path(dyme.__file__).parent / "support" / "COURSE.md").read_text()
+    recipe = re.search(r"```python\n(.*?)```", course, re.DOTALL)[1]
+    trained = []
+    monkeypatch.setattr(dyme, "policy_loss", dyme.policy_loss)
+    monkeypatch.setattr(dyme, "train", trained.append)
+    (tmp_path / "exercises.py").write_text(f"import dyme\nsum_loss = 'mine'\n{recipe}")
+    runpy.run_path(str(tmp_path / "exercises.py"), run_name="__main__")
+    assert dyme.policy_loss == "mine" and trained[0].steps == 200

@@ -21,9 +21,8 @@ import dyme
 import eval as evaluation
 from dyme import Config, Policy
 from reward import Example, reference_response
-from support import data, domains, files, hub, judging, models, references, rows, settings, toy
+from support import data, hub, judging, models, references, rows, toy
 from support import runs as run_folders
-from support import test_course  # noqa: F401 - first, because it and test_support import each other
 from support.errors import UserError
 from support.test_support import make_chartqa, write_image
 from test_dyme import CPU, SHARED, Capture, Patch, Row, run
