@@ -44,7 +44,7 @@ def read(data: str, split: str) -> list[Example]:
     for i, row in enumerate(rows.parse_rows(found[0]), 1):
         try:
             example = domain.row(row, root, f"{found[0].name} row {i}")
-            if example and not (example.question.strip() and example.answer.strip()):
+            if example and not (example.question.strip() and str(example.answer).strip()):
                 raise ValueError("its question or answer is empty")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{found[0].name} row {i}: is not a row of {name} ({error!r})") from None

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import dyme
 import eval as evaluation
 from dyme import Config
 from reward import Example
