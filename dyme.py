@@ -277,8 +277,9 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
 def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: int,
                  prompt: str = PROMPT) -> Inputs:
     """`encode_prompts` in a thread, with its own processor; ready for the device."""
-    own = replace(policy, device=torch.device("cpu"), processor=processor)
-    return feed.for_device(encode_prompts(own, examples, room, prompt), policy.device)
+    on_cpu = replace(policy, device=torch.device("cpu"), processor=processor)
+    inputs = encode_prompts(on_cpu, examples, room, prompt)
+    return feed.for_device(inputs, policy.device)
 
 
 def full_length(policy: Policy, example: Example) -> int:
@@ -543,8 +544,7 @@ class Groups:
 def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_weight: float,
           format_weight: float) -> Groups:
     """Judge all responses: r_a by rules, r_t against the reference trace."""
-    P, N = len(examples), len(rolled.ids)
-    K = N // P
+    P, K = len(examples), len(rolled.ids) // len(examples)
     # Responses of a prompt stand side by side: p * K + k is response k of prompt p.
     flat = decode(policy, rolled)
     responses = [flat[p * K:(p + 1) * K] for p in range(P)]
@@ -931,35 +931,34 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 # ---- Evaluation: answers to held-out rows --------------------------------------------------------
 
 
-def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int, draws: int = 0,
-            temperature: float = 1.0, seed: int = 0, prompt: str = PROMPT) -> Iterator[dict[str, Any]]:
-    """Answer rows and judge the answers: one greedy answer each, or `draws` sampled ones."""
-    K, parts, start = draws or 1, [*parallel.chunks(examples, batch)], 0
+def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int,
+            draws: int = 0, temperature: float = 1.0, seed: int = 0,
+            prompt: str = PROMPT) -> list[dict[str, Any]]:
+    """Judged answers to rows, one greedy or `draws` sampled each; processes share them."""
+    K, own, judged = draws or 1, parallel.share(len(examples)), []
+    parts = [*parallel.chunks(own, batch)]
 
-    def encode(part: list[Example], processor: Any) -> Inputs:
-        return encode_ahead(policy, part, processor, max_new_tokens, prompt)
+    def encode(part: range, processor: Any) -> Inputs:
+        batch = [examples[i] for i in part]
+        return encode_ahead(policy, batch, processor, max_new_tokens, prompt)
 
-    quiet = True if len(parts) == 1 or not parallel.is_main() else None
+    quiet = True if len(parts) < 2 or not parallel.is_main() else None
     stream = feed.in_threads(encode, policy.processor, parts, ahead=4)
-    with contextlib.closing(stream):
+    with parallel.errors_shared(), contextlib.closing(stream):
         for part in tqdm(parts, "answering", ncols=80, leave=False, disable=quiet):
             inputs = feed.to_device(next(stream), policy.device)
-            uniforms = keyed_uniforms(seed, 0, range(start, start + len(part)), K, max_new_tokens)
+            uniforms = keyed_uniforms(seed, 0, part, K, max_new_tokens)
             rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
             for i, response in enumerate(decode(policy, rolled)):
-                judged = judging.judge(part[i // K], response.text, response.finished)
-                yield judged | {"length": len(response.ids)}
-            start += len(part)
+                row = judging.judge(examples[part[i // K]], response.text, response.finished)
+                judged.append(row | {"length": len(response.ids)})
+    return [*itertools.chain(*parallel.gather(judged))]
 
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
     """Answer held-out rows greedily, log it, and keep the best weights so far."""
-    cfg, own = trainer.cfg, parallel.share(len(held_out))
-    with parallel.errors_shared():
-        part = held_out[own.start:own.stop]
-        batch = 4 * cfg.micro_batch  # without gradients there is room for more
-        predictions = [*respond(trainer.policy, part, cfg.max_new_tokens, batch)]
-    predictions = [*itertools.chain(*parallel.gather(predictions))]
+    batch = 4 * trainer.cfg.micro_batch  # without gradients there is room for more
+    predictions = respond(trainer.policy, held_out, trainer.cfg.max_new_tokens, batch)
     if not parallel.is_main():
         return
     summary = judging.summarise(predictions)

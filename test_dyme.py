@@ -832,7 +832,7 @@ def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(m
 
 
 def test_draws_for_equal_prompts_differ_by_row(tiny: Policy, examples: list[Example]) -> None:
-    drawn = list(dyme.respond(tiny, [examples[0]] * 4, 8, 2, draws=2))
+    drawn = dyme.respond(tiny, [examples[0]] * 4, 8, 2, draws=2)
     assert len({p["response"] for p in drawn}) > 4 and all(p["name"] == examples[0].name for p in drawn)
     assert judging.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["strict"]  # the metric's 5 %
     assert not judging.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["strict"]
@@ -871,7 +871,7 @@ def test_every_row_is_seen_once_an_epoch(mode: str, sizes: list[int]) -> None:
 
 
 def accuracy(policy: Policy, examples: list[Example]) -> float:
-    return judging.summarise(list(dyme.respond(policy, examples, 40, 64)))["strict"]
+    return judging.summarise(dyme.respond(policy, examples, 40, 64))["strict"]
 
 
 def test_dyme_learns_by_memorizing_and_then_exploring(tiny: Policy, examples: list[Example]) -> None:
@@ -1051,6 +1051,16 @@ def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=5e-5) for name in a)
     held_out = [(tmp_path / name / "held-out-3.jsonl").read_text() for name in ("one", "two")]
     assert held_out[0] == held_out[1] and held_out[0].count("\n") == 7  # every row once, in order
+
+
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    program = [str(Path(evaluation.__file__)), "tiny", "--limit", "7", "--samples", "2", "--device", "cpu", "--out"]
+    results = []
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        done = subprocess.run([sys.executable, *launcher, *program, str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("tiny") == 1, done.stderr  # one table
+        results.append((tmp_path / name / "predictions.jsonl").read_text())
+    assert results[0] == results[1] and results[0].count("\n") == 7
 
 
 def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -101,8 +101,8 @@ def check_share(prompts: int) -> None:
         raise UserError(f"--prompts {prompts}: fewer than the {count()} processes")
 
 
-def chunks(things: list[T], size: int) -> Iterator[list[T]]:
-    """Cut a list into pieces of `size`; the last one may be shorter."""
+def chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut a list or range into pieces of `size`; the last one may be shorter."""
     for start in range(0, len(things), size):
         yield things[start:start + size]
 

@@ -65,7 +65,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
     size = sum(file.stat().st_size for file in toy.BASE.iterdir())
     policy = dyme.load_policy("tiny", CPU)
     assert size < 2.5e6 and torch.get_num_threads() == 1
-    summary = judging.summarise(list(dyme.respond(policy, examples[:100], 48, 100)))
+    summary = judging.summarise(dyme.respond(policy, examples[:100], 48, 100))
     known = [summary[f"any_format_{kind}"] for kind in toy.KNOWN_KINDS]
     lacking = [summary[f"any_format_{kind}"] for kind in ("sum", "difference")]
     assert min(known) >= 0.95 and max(lacking) <= 0.1 and summary["strict"] <= 0.1
