@@ -980,7 +980,8 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
     helper = trainer.helper
     state = {
         "step": step, "failures": trainer.failures, "best": trainer.best,
-        "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
         "kept": {"buffer": [(e.name, e.hint) for e in trainer.buffer],
                  "examples": [*helper.examples] if helper else []},
     }
@@ -1002,8 +1003,7 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
 
     No random state is kept: sampling and data order are functions of (seed, step).
     """
-    state = runs.read_state(run, trainer.policy.device)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    state = runs.read_state(run, trainer.optimizer, trainer.policy.device)
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.failures, trainer.best = state["failures"], state.get("best", -1.0)

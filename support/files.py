@@ -88,10 +88,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the objects of JSON lines; a line that holds none is left out, such as one that a crash cut short.
 
-    A missing file is empty.
+    A missing file is empty, and so is a device, which might never end.
     """
     rows = []
-    if path.exists():
+    if path.is_dir() or path.is_file():  # a folder is an error
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line.decode()))

@@ -167,14 +167,18 @@ def begin(cfg: Any, step: int, examples: list[Example], held_out: list[Example])
         files.write_jsonl(file, done)
 
 
-def read_state(run: Path, device: Any) -> dict[str, Any]:
-    """The training state beside a checkpoint's weights. Raises UserError if it is missing or damaged."""
+def read_state(run: Path, optimizer: torch.optim.Optimizer, device: Any) -> dict[str, Any]:
+    """The training state beside a checkpoint's weights; the optimiser takes its part.
+
+    Raises UserError if it is missing, damaged or another model's.
+    """
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
         missing = {"step", "optimizer", "scaler", "failures", "kept"} - state.keys()
         if missing:
             raise ValueError(f"it lacks {min(missing)}")
+        optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -391,7 +395,7 @@ def run_main(program: Callable[[], None]) -> int:
         return complain(f"{error}; the last checkpoint, if there is one, is kept", 1)
     except (MemoryError, RuntimeError, SafetensorError) as error:
         text = str(error)  # PyTorch has no classes for these
-        if re.search("No space left|PytorchStreamWriter failed", text):
+        if re.search("No space left|PytorchStreamWriter failed|inline_container.*unexpected pos", text):
             return complain(FULL_DISK, 2)
         if re.search("gloo|NCCL|Connection (closed|reset)", text):
             return complain("another process of this run has ended, see its message; --resume goes on from "
