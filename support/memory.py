@@ -29,7 +29,8 @@ def choose_micro_batch(trial: Callable[[Any, list[Example]], None], trainer: Any
     peak(1)  # warms up: libraries take their workspace once
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     moments = sum(8 * p.numel() for p in trained)  # of AdamW, in float32: made in the first step
-    size = largest(peak, most, HEADROOM * torch.cuda.mem_get_info(device)[1] - moments)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # other programs' part apart
+    size = largest(peak, most, HEADROOM * free - moments)
     size = min(parallel.gather(size))  # processes on smaller GPUs decide
     if parallel.is_main():
         print(f"--micro-batch {size}: measured")
