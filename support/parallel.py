@@ -74,6 +74,8 @@ def processes(device: str) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
+        if dist.is_initialized():
+            dist.barrier()  # one that leaves early can take the others' connections down with it
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
