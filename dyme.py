@@ -269,8 +269,6 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int, prompt: s
 
     lengths = inputs["attention_mask"].sum(1).tolist()
     models.check_room(policy.model, examples, lengths, room)
-    if "pixel_attention_mask" in inputs:  # as int64 it is nearly as large as the images
-        inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
     return feed.to_device(inputs, policy.device)
 
 

@@ -40,6 +40,8 @@ def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     for name, tensor in inputs.items():
         if name == "pixel_values":  # the tower computes in half precision: it would round them itself
             tensor = tensor.to(parallel.half_precision())
+        if name == "pixel_attention_mask":  # as int64 it is nearly as large as the images
+            tensor = tensor.bool()
         # From memory that is not pinned, a copy makes the CPU wait.
         ready[name] = tensor.pin_memory()
     return ready

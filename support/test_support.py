@@ -485,11 +485,12 @@ def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: P
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     monkeypatch.setattr(parallel, "half_precision", lambda: torch.bfloat16)
-    inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4)}
+    inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4),
+              "pixel_attention_mask": torch.ones(1, 4, 4, dtype=torch.int64)}
     assert feed.for_device(inputs, torch.device("cpu")) is inputs
     ready = feed.for_device(inputs, torch.device("cuda"))
     assert ready["pixel_values"].dtype == torch.bfloat16 and ready["input_ids"].dtype == torch.int64
-    assert len(pinned) == 2
+    assert ready["pixel_attention_mask"].dtype == torch.bool and len(pinned) == 3
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert feed.worker_threads() == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
