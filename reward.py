@@ -1,8 +1,9 @@
 """Rewards: text in, numbers out.
 
 A response is judged in two ways. Rule-based verification says whether its answer is right (r_a of Eq. 6), and
-the thinking reward says how its thinking compares with the reference trace (r_t of Eq. 7). At the end:
-groundedness and `thinking_fault`, which tell pseudo thinking from thinking.
+the thinking reward says how its thinking compares with the reference trace (r_t of Eq. 7). They are added up
+in `score` of dyme.py: to change the reward, change it there. Groundedness and `thinking_fault`, for evaluation
+only, tell thinking from pseudo thinking: fluent text whose values are not in the image.
 """
 
 import ast
@@ -53,8 +54,8 @@ def split_response(text: str) -> tuple[str, list[str]]:
 def verify(completion: str, example: Example, finished: bool = True, tolerance: float = 0.0) -> Verdict:
     """Judge a response (without its end token) against the example's answer, by rules alone.
 
-    Formatting is forgiven (`answers_match`), a wrong value never. The released training reward has
-    tolerance 0 too.
+    Formatting is forgiven (`answers_match`), a wrong value never. `finished`: did it end with an end token?
+    The released training reward has tolerance 0 too.
     """
     _, answers = split_response(completion)
     # Exactly one flag counts: a response that lists several answers would be right by trying.
@@ -167,9 +168,9 @@ def _list_items(text: str) -> list[str]:
 # ---- Scoring the thinking ------------------------------------------------------------------------
 
 
-def thinking_f1(trace: str, reference: str) -> float:
-    """r_t of Pure DyME: bag-of-tokens F1 of two thinking traces, each taken up to its flag, in [0, 1]."""
-    given, wanted = _tokens(trace), _tokens(reference)
+def thinking_f1(response: str, reference: str) -> float:
+    """r_t of Pure DyME: F1 of the bags of tokens of a response and a reference trace, up to their flags, in [0, 1]."""
+    given, wanted = _tokens(response), _tokens(reference)
     overlap = (given & wanted).total()
     if not overlap:
         return 0.0
