@@ -477,6 +477,18 @@ def test_requirements_ask_for_the_transformers_that_all_families_need() -> None:
     assert len({id(state) for state in kept if state is not None}) <= 1
 
 
+def test_grouped_attention_by_hand() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 3)
+    visible = torch.rand(2, 1, 5, 7) < 0.5
+    visible[..., 0] = True
+    scores = 0.3 * query @ key.repeat_interleave(3, dim=1).mT  # (B, H, Q, S): each key serves three heads
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value.repeat_interleave(3, dim=1)
+    mask = attention.additive_mask(visible, SimpleNamespace(num_attention_heads=6, num_key_value_heads=2))
+    out, _ = attention.grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)  # (B, Q, H, D)
+
+
 def test_an_additive_mask_has_a_row_for_each_head_of_a_group_and_aligned_rows() -> None:
     visible = torch.tensor([[True, False, True], [True, True, False]])[None, None]  # (1, 1, Q = 2, S = 3)
     mask = attention.additive_mask(visible, SimpleNamespace(num_attention_heads=6, num_key_value_heads=2))
@@ -793,7 +805,8 @@ def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkey
         trials = []
 
         def choose(trial: Any, trainer: dyme.Trainer, examples: list[Example]) -> int:
-            trial(trainer, examples[:2])  # leaves no gradient behind
+            trial(trainer, examples[:2])
+            assert all(p.grad is None for p in trainer.policy.model.parameters())  # nor a zero one, for AdamW to decay
             trials.append(len(examples))
             return 2
 
