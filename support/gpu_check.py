@@ -1,6 +1,7 @@
 """The first half hour on a GPU: what may differ from a CPU, tried in order, on one page of figures.
 
     python -m support.gpu_check --model SmolVLM-256M --data chartqa
+    python -m support.gpu_check --also LLaVA-OV-0.5B chartqa --also Qwen2.5-0.5B gsm8k:FOLDER
     python -m pytest -k cuda
 
 A check that fails says so, and the next one runs. The weights do not matter, only shapes and precision do.
@@ -198,8 +199,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def commands(model: str, source: str, folder: str) -> list[list[str]]:
-    """Whole programs to run: tests, a run with a resume, fp16, one process on nccl, benchmarks."""
+def commands(model: str, source: str, others: list[list[str]], folder: str) -> list[list[str]]:
+    """Whole programs to run: tests, a run with a resume, one process on nccl, benchmarks, other models' steps."""
     real = ["--model", model, "--data", source]
     toy = ["--steps", "20", "--eval-every", "0", "--out", f"{folder}/toy"]
     return [
@@ -210,6 +211,8 @@ def commands(model: str, source: str, folder: str) -> list[list[str]]:
         ["-m", "support.benchmark", "--steps", "3", *real, "--prompts", "32", "--max-new-tokens", "256"],
         ["-m", "support.benchmark", "--steps", "3", *real, "--prompts", "32", "--max-new-tokens", "256",
          "--micro-batch", "2"],
+        *(["-m", "support.benchmark", "--steps", "1", "--model", other, "--data", rows, "--prompts", "4"]
+          for other, rows in others),
     ]
 
 
@@ -237,6 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SmolVLM-256M", help="as for dyme.py")
     parser.add_argument("--data", default="chartqa", help="as for dyme.py")
+    parser.add_argument("--also", nargs=2, metavar=("MODEL", "DATA"), action="append", default=[],
+                        help="another model, of which a step is timed; may be given several times")
     args = parser.parse_args()
     device = parallel.select_device("cuda")
     examples = data.load_data(args.data, "train")
@@ -246,7 +251,7 @@ def main() -> None:
     policy.model.to("cpu")  # the programs that follow need the memory
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        for words in commands(args.model, args.data, folder):
+        for words in commands(args.model, args.data, args.also, folder):
             report("python " + " ".join(words), functools.partial(run_command, words))
 
 

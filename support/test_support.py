@@ -438,7 +438,9 @@ def test_the_gpu_check_prints_a_page_whatever_fails(tiny: Policy, examples: list
     page = capsys.readouterr().out
     assert "gradients differ by 0.00%" in page and "differ by 0.0000 on average" in page and "0 of 10 steps" in page
     assert ("FAILED" in page) != torch.cuda.is_available()
-    for words in gpu_check.commands("tiny", "toy", "runs"):
+    commands = gpu_check.commands("tiny", "toy", [["SmolLM2-135M", "gsm8k:folder"]], "runs")
+    assert sum("gsm8k:folder" in words for words in commands) == 1
+    for words in commands:
         if "dyme.py" in words and "--resume" not in words:
             assert dyme.parse_config(words[words.index("dyme.py") + 1:]).steps == 20
         if "support.benchmark" in words:
