@@ -1100,11 +1100,12 @@ def test_vote_by_hand() -> None:
 
 @pytest.mark.parametrize("flags, says", [
     (["--bogus"], "--bogus"), (["--temperatur", "1"], "did you mean --temperature?"),
-    (["--model", "SmolVLM-256M"], "--model SmolVLM-256M: say with --data"), (["--mode", "ppo"], "invalid choice: 'ppo'"), (["--generations", "1"], "at least 2"),
+    (["--model", "SmolVLM-256M"], "--model SmolVLM-256M: say with --data"), (["--mode", "ppo"], "invalid choice: 'ppo'"),
+    (["--generations", "1"], "at least 2"), (["--generations", "9999999999"], "tokens a step"),
     (["--data", "nowhere"], "--data nowhere"), (["--data", "missing.json", "--model", str(toy.BASE)], "missing.json"),
     (["--data", "chartqa", "--model", "SmolVLM-265M"], "--model SmolVLM-265M: no such folder"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--beta", "0.1"], "--beta"),
-    (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"), 
+    (["--hints", "x"], "--hints"), (["--no-checker"], "--helper-url"),
     (["--helper-url", "localhost:1", "--helper-model", "m"], "must begin with http"), (["--switch", "budget:7"], "--prompts 8"),
     (["--resume"], "is not a run folder"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--mode", "two-stage", "--sft-steps", "9", "--steps", "9"], "--sft-steps 9"), (["--prompts", "x"], "--prompts"),

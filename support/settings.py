@@ -145,6 +145,7 @@ def check_model_name(name: str, known: Iterable[str]) -> None:
 LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1,
           "max_new_tokens": 1, "steps": 1, "eval_rows": 1, "helper_concurrency": 1}
 HIGHEST = 1e6  # of settings that are not whole numbers: float32 ends at 3e38
+MOST_TOKENS = 10**8  # sampled in a step: more is a slip of the keys, and would take all memory before it is told
 SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
 
 
@@ -163,6 +164,9 @@ def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) ->
             raise UserError(f"{flag(f.name)} {value}: must be at least {low}{limit}{why}")
         if f.name in choices and value not in choices[f.name]:  # in a config.json, say
             raise UserError(f"{flag(f.name)} {value}: must be one of {', '.join(choices[f.name])}")
+    if cfg.prompts * cfg.generations * cfg.max_new_tokens > MOST_TOKENS:
+        raise UserError(f"--prompts {cfg.prompts} x --generations {cfg.generations} x --max-new-tokens "
+                        f"{cfg.max_new_tokens}: more than {MOST_TOKENS:,} tokens a step")
     check_switch(cfg)
     check_helper(cfg)
     if cfg.beta and cfg.mode not in ("grpo", "two-stage"):
