@@ -7,6 +7,7 @@ only, tell thinking from pseudo thinking: fluent text whose values are not in th
 """
 
 import ast
+import itertools
 import operator
 import re
 from collections import Counter
@@ -34,6 +35,7 @@ class Example:
 
 FLAG = "Answer:"
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+SIGNED = rf"(?:(?<![\w)%])(?<![\d)%]\s)[-−])?(?:{NUMBER})"  # a minus belongs to it, unless it subtracts
 
 
 @dataclass
@@ -232,12 +234,12 @@ def thinking_fault(response: str, example: Example) -> str:
 
 def ends_in(text: str, answer: str) -> bool:
     """Are the last words or numbers of a text the answer, formatting aside?"""
-    found, wanted = (re.findall(rf"{NUMBER}|\w+", part.lower()) for part in (text, answer))
-    return bool(wanted) and found[-len(wanted):] == wanted
+    found, wanted = (re.findall(rf"{SIGNED}|\w+", part.lower().replace("−", "-")) for part in (text, answer))
+    return bool(wanted) and " ".join(found[-len(wanted):]).replace(",", "") == " ".join(wanted).replace(",", "")
 
 
 def _value(text: str) -> float:
-    return round(float(text.replace(",", "")), 6)
+    return round(float(text.replace(",", "").replace("−", "-")), 6)
 
 
 # ---- Equations in a trace ------------------------------------------------------------------------
@@ -248,29 +250,25 @@ class Equation:
     """Arithmetic that a trace writes down, such as `(3 + 4) / 2 = 3.5`."""
 
     text: str
-    operands: list[float]  # of its left side, but for divisors: an average divides by a count
+    operands: list[float]  # of its left side, without signs and divisors: an average divides by a count
     result: float  # its right side
-    true: bool  # is the left side worth the right side, within 1 %?
+    true: bool  # is the left side worth the right side, within 1 % or 0.005?
 
 
 def equations(thinking: str) -> list[Equation]:
     """Find `expression = number` in a trace, in the order written; linear in its length."""
-    tokens = re.findall(rf"{NUMBER}|[-+*/×÷−()=%]|[^\s\d]", thinking)
+    tokens = re.findall(rf"{SIGNED}|[-+*/×÷−()=%]|[^\s\d]", thinking)
     found = []
-    for i, token in enumerate(tokens):
-        sign, right = 1, tokens[i + 1:i + 3]
-        if right and right[0] in "-−":
-            sign, right = -1, right[1:]
-        if token != "=" or not right or not re.match(r"\.?\d", right[0]):
+    for i, (token, right) in enumerate(itertools.pairwise(tokens)):
+        if token != "=" or not right[-1].isdigit():
             continue
         left = _expression_before(tokens, i)
         value = _arithmetic(" ".join(left))
-        if value is None or len(left) < 3:
+        if value is None or not set(left) & set("+-*/"):  # `sales (2018) = 41` states a value
             continue
-        operands = [_value(t) for before, t in zip(["", *left], left, strict=False)
-                    if t[-1].isdigit() and before != "/"]
-        result = sign * _value(right[0])
-        true = abs(value - result) <= 0.01 * max(1.0, abs(value))
+        pairs, result = zip(["", *left], left, strict=False), _value(right)
+        operands = [abs(_value(t)) for before, t in pairs if t[-1].isdigit() and before != "/"]
+        true = abs(value - result) <= max(0.01 * abs(value), 0.005)
         found.append(Equation(f"{' '.join(left)} = {result:g}", operands, result, true))
     return found
 
@@ -285,7 +283,7 @@ def _expression_before(tokens: list[str], end: int) -> list[str]:
         if is_number and left and left[-1][-1].isdigit():  # "in 2010 3 + 4 = 7": the year is not in it
             break
         if token != "%":
-            left.append({"×": "*", "÷": "/", "−": "-"}.get(token, token).replace(",", ""))
+            left.append(token.translate(str.maketrans("×÷−", "*/-", ",")))
     left.reverse()
     while left and left[0] in "-+*/)":  # a list's dash
         del left[0]
@@ -298,17 +296,20 @@ def _derived(thinking: str, known: set[float]) -> set[float]:
     for equation in equations(thinking):
         if equation.true and set(equation.operands) <= known | derived:
             derived.add(abs(equation.result))  # quoted without its sign
+            if f"/ {len(equation.operands)} =" in equation.text:  # an average: its count is in no image
+                derived.add(len(equation.operands))
     return derived
 
 
 def _arithmetic(expression: str) -> float | None:
     """Value of `+ - * /` on plain numbers, else None; the text is parsed, never executed."""
-    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                 ast.Div: operator.truediv}
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
             return operators[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return float(node.value)
         raise ValueError("not arithmetic")

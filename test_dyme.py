@@ -103,7 +103,12 @@ def test_groundedness_by_hand() -> None:
     assert reward.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
     assert reward.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
     assert reward.groundedness("3 + 4 = 8", facts) == (2, 3)  # wrong arithmetic
-    assert reward.groundedness("(3 + 9) / 2 = 6", facts) == (3, 4)  # the count 2 is neither fact nor result
+    assert reward.groundedness("(3 + 9) / 2 = 6", facts) == (4, 4)  # an average's count is derived
+    assert reward.groundedness("(3 + 9) / 2 = 5", facts) == (2, 4) and reward.groundedness("9 / 2 = 4.5", facts) == (2, 3)
+    assert reward.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
+    assert not reward.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and reward.groundedness("sales (4) = 3", facts) == (2, 2)
+    assert [e.true for e in reward.equations("3 − 7 = −4, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, False]
+    assert not any(e.true for e in reward.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
     assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
     assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
 
@@ -121,6 +126,12 @@ def test_valid_thinking_by_hand(thinking: str, fault: str) -> None:
     assert judging.judge(example, f"{thinking}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
     without = judging.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
     assert without["valid_thinking"] is None and without["strict"]
+
+
+def test_a_text_ends_in_an_answer_formatting_aside() -> None:
+    assert reward.ends_in("so 1,000 + 234 = 1,234.", "1234") and reward.ends_in("it is −4", "-4")
+    assert reward.ends_in("3-4", "4") and reward.ends_in("[22, 35]", "22,35")
+    assert not reward.ends_in("it is 4", "-4") and not reward.ends_in("it is -4", "4") and not reward.ends_in("", "4")
 
 
 def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> None:
@@ -798,6 +809,26 @@ def test_the_micro_batch_that_fits_by_hand(monkeypatch: Patch) -> None:
         return 1.0
 
     assert memory.largest(too_much, 32, 100.0) == 1
+
+
+def test_the_memory_that_a_run_takes_later_by_hand() -> None:
+    model = torch.nn.Linear(3, 2)  # 8 weights, of which the bias is frozen
+    model.bias.requires_grad_(False)
+    cfg = Config(mode="grpo", beta=0.1, vision_cache=1.0)
+    assert memory.later_bytes(cfg, model, made=False, loaded=False) == 6 * 8 + 8 * 4 + 2**30
+    assert memory.later_bytes(cfg, model, made=True, loaded=True) == 2**30
+    assert memory.later_bytes(Config(), model, made=False, loaded=False) == 48
+
+
+def test_rows_with_an_image_are_measured(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 1), ("mem_get_info", (2**40, 2**40)),
+                        ("memory_reserved", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    trainer = make_trainer(tiny)
+    trainer.policy = dataclasses.replace(tiny, device=torch.device("cuda"))
+    text, tried = dataclasses.replace(examples[0], image=None), []
+    size = memory.choose_micro_batch(lambda _, some: tried.append(some), trainer, [text, text, examples[1], examples[2]])
+    assert size == 4 and tried[-1] == [examples[1], examples[2]]
 
 
 def test_a_measured_micro_batch_is_kept_and_changes_no_result(runs: Path, monkeypatch: Patch) -> None:

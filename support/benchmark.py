@@ -45,7 +45,7 @@ def benchmark(cfg: Config, steps: int) -> None:
     parallel.check_share(cfg.prompts)
     device = parallel.select_device(cfg.device)
     policy = dyme.load_policy(cfg.model, device, cfg.image_edge)
-    policy = replace(policy, end_ids=[-1])  # no response ever ends
+    policy = replace(policy, end_ids=[])  # no response ever ends
     trainer = dyme.make_trainer(replace(cfg, beta=0.0), policy)
     trainer.cfg, trainer.score = cfg, coin_flips
     if cfg.beta:

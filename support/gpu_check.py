@@ -245,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     device = parallel.select_device("cuda")
     examples = data.load_data(args.data, "train")
-    policy = replace(dyme.load_policy(args.model, device), end_ids=[-1])  # no response ever ends
+    policy = replace(dyme.load_policy(args.model, device), end_ids=[])  # no response ever ends
     for check in CHECKS:
         report(check.__doc__.splitlines()[0], functools.partial(check, policy, examples))
     policy.model.to("cpu")  # the programs that follow need the memory

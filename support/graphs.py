@@ -9,11 +9,16 @@ import torch
 from tqdm import tqdm
 
 
-@functools.cache
-def side_stream(device: int) -> tuple[Any, Any]:
-    """The stream on which a device's graphs are recorded, and the memory pool that they share."""
+class Recorder:
+    """A device's stream for recording, and the memory pool that its graphs share."""
+
     # torch.cuda.graph() would wait for the device and empty the allocator's cache at every recording.
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    def __init__(self, device: int) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.latest: Any = None  # kept: without a graph alive the pool could never be recorded into again
+
+
+recorder = functools.cache(Recorder)  # one for each device
 
 
 def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
@@ -23,13 +28,12 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
     """
     if hasattr(model, "uncapturable"):  # it failed before, and would fail again
         return step
-    graph = torch.cuda.CUDAGraph()
-    stream, pool = side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
+    graph, own = torch.cuda.CUDAGraph(), recorder(torch.cuda.current_device())
+    own.stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(own.stream):
             # Other threads, which prepare the next step's images, go on meanwhile.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=own.pool, capture_error_mode="thread_local")
             try:
                 step()
             finally:
@@ -37,11 +41,13 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
     except RuntimeError as error:
         # Where the step fails, ending the recording fails too: the first error is the cause.
         cause = error.__context__ or error
+        recorder.cache_clear()  # its pool may be left open
         if isinstance(cause, torch.OutOfMemoryError):
             raise cause from None  # a matter of memory, not of graphs
         model.uncapturable = True
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
         tqdm.write(f"decoding without a CUDA graph, slowly: {reason}", file=sys.stderr)
         return step
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(own.stream)
+    own.latest = graph
     return graph.replay

@@ -16,25 +16,33 @@ def choose_micro_batch(trial: Callable[[Any, list[Example]], None], trainer: Any
 
     On the CPU the answer is 2: more is no faster there.
     """
-    policy, device = trainer.policy, trainer.policy.device
-    most = min(len(parallel.share(trainer.cfg.prompts)), len(examples))
+    cfg, policy, device = trainer.cfg, trainer.policy, trainer.policy.device
+    most = min(len(parallel.share(cfg.prompts)), len(examples))
     if device.type != "cuda":
         return min(2, most)
 
+    largest_rows = sorted(examples, key=lambda example: example.image is None)  # those with an image first
+
     def peak(prompts: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
-        trial(trainer, examples[:prompts])
+        trial(trainer, largest_rows[:prompts])
         return torch.cuda.max_memory_allocated(device)
 
     peak(1)  # warms up: libraries take their workspace once
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    moments = sum(8 * p.numel() for p in trained)  # of AdamW, in float32: made in the first step
+    later = later_bytes(cfg, policy.model, made=bool(trainer.optimizer.state), loaded=trainer.reference is not None)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # other programs' part apart
-    size = largest(peak, most, HEADROOM * free - moments)
+    size = largest(peak, most, HEADROOM * free - later)
     size = min(parallel.gather(size))  # processes on smaller GPUs decide
     if parallel.is_main():
         print(f"--micro-batch {size}: measured")
     return size
+
+
+def later_bytes(cfg: Any, model: torch.nn.Module, made: bool, loaded: bool) -> float:
+    """What a run will hold beyond a trial: AdamW's moments if not `made`, the KL's reference if not `loaded`, images."""
+    moments = 0 if made else sum(8 * p.numel() for p in model.parameters() if p.requires_grad)  # float32
+    reference = sum(4 * p.numel() for p in model.parameters()) if cfg.beta and not loaded else 0
+    return moments + reference + cfg.vision_cache * 2**30
 
 
 def largest(peak: Callable[[int], float], most: int, available: float) -> int:

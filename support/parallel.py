@@ -70,7 +70,7 @@ def peak_memory_gib(device: torch.device) -> float | None:
 def processes(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did; `device` as in `select_device`."""
     cuda = select_device(device).type == "cuda"
-    if "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # a cluster may set one of them by itself
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield

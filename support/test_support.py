@@ -10,9 +10,10 @@ import shutil
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -403,10 +404,12 @@ def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(runs: Path, mo
     assert all(table[part][1] >= 0 for part in table) and table["step"][0] == float(lines[-1].split()[1])
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags, "--mode", "grpo", "--beta", "0.1"])  # with a reference
     assert run_folders.run_main(benchmark.main) == 0
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags, "--mode", "sft"])  # with targets
+    assert run_folders.run_main(benchmark.main) == 0
 
 
 def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Policy, examples: list[Example]) -> None:
-    policy = dataclasses.replace(tiny, end_ids=[-1])
+    policy = dataclasses.replace(tiny, end_ids=[])
     inputs = dyme.encode_prompts(policy, examples[:2], room=9)
     rolled = dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, [0, 1], 4, 9), 1.0)
     groups = benchmark.coin_flips(policy, rolled, examples[:2], 1.0, 0.0)
@@ -430,7 +433,7 @@ def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
 
 
 def test_the_gpu_check_prints_a_page_whatever_fails(tiny: Policy, examples: list[Example], capsys: Capture) -> None:
-    policy = dataclasses.replace(tiny, end_ids=[-1])
+    policy = dataclasses.replace(tiny, end_ids=[])
     checks = [check for check in gpu_check.CHECKS if check not in (
         gpu_check.versions, gpu_check.attention_kernels, gpu_check.graph, gpu_check.varied_shapes)]
     for check in [*checks, gpu_check.graph]:  # the last one cannot work here
@@ -447,7 +450,7 @@ def test_the_gpu_check_prints_a_page_whatever_fails(tiny: Policy, examples: list
             dyme.parse_config(benchmark.split_steps(words[2:])[1])
 
 
-class FakeGraph:
+class FailingGraph:
     """A recording that fails when it ends, as it does after an error in the step."""
 
     def capture_begin(self, **_: Any) -> None:
@@ -457,15 +460,50 @@ class FakeGraph:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
+class PooledGraph:
+    """A recording, with what CUDA's allocator asks of its pool: new, or in use by another graph."""
+
+    users: ClassVar[dict[object, int]] = {}
+
+    def capture_begin(self, pool: object, **_: Any) -> None:
+        assert self.users.get(pool, 1) > 0, "use_count > 0 INTERNAL ASSERT FAILED"
+        self.pool = pool
+        self.users[pool] = self.users.get(pool, 0) + 1
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        self.users[self.pool] -= 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: Patch) -> Iterator[None]:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("current_device", lambda: 0), ("current_stream", lambda: stream), ("graph_pool_handle", object),
+                        ("stream", lambda s: contextlib.nullcontext()), ("Stream", lambda device: stream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs.recorder.cache_clear()
+    yield
+    graphs.recorder.cache_clear()
+
+
+def test_every_rollout_can_record_though_the_graphs_of_the_last_one_are_gone(fake_cuda: None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PooledGraph)
+    model = torch.nn.Module()
+    for _ in range(3):
+        assert graphs.capture(model, lambda: None).__name__ == "replay"  # dropped at once
+    assert not hasattr(model, "uncapturable") and len(PooledGraph.users) == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("cudaErrorStreamCaptureUnsupported: in aten::item"),
                                    torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_failed_capture_says_its_first_cause_and_decoding_goes_on(
-        error: Exception, monkeypatch: Patch, capsys: Capture) -> None:
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(graphs, "side_stream", lambda device: (stream, None))
-    for name, value in (("CUDAGraph", FakeGraph), ("current_device", lambda: 0), ("current_stream", lambda: stream),
-                        ("stream", lambda s: contextlib.nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, value)
+        error: Exception, fake_cuda: None, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FailingGraph)
     model, tries = torch.nn.Module(), []
 
     def step() -> None:
@@ -501,7 +539,7 @@ def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: P
 
 def cuda_policy() -> Policy:
     policy = new_policy(0)
-    return dataclasses.replace(policy, model=policy.model.to("cuda"), device=torch.device("cuda"), end_ids=[-1])
+    return dataclasses.replace(policy, model=policy.model.to("cuda"), device=torch.device("cuda"), end_ids=[])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -511,8 +549,10 @@ def test_a_cuda_graph_samples_what_plain_steps_do(examples: list[Example], monke
     for wrapper in (lambda *args: captured.append(capture(*args)) or captured[-1], lambda _, step: step):
         monkeypatch.setattr(graphs, "capture", wrapper)
         inputs = dyme.encode_prompts(policy, examples[:3], room=24)
-        results.append(dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, range(3), 4, 24), 1.0))
-    assert captured[0].__name__ == "replay"  # it was a graph
+        for _ in range(2):
+            rolled = dyme.rollout(policy, [inputs], dyme.keyed_uniforms(0, 0, range(3), 4, 24), 1.0)
+        results.append(rolled)
+    assert [step.__name__ for step in captured] == ["replay", "replay"]  # they were graphs, in both rollouts
     assert (results[0].ids == results[1].ids).float().mean() > 0.95
 
 

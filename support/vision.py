@@ -31,7 +31,8 @@ def once(model: torch.nn.Module, store: dict[int, Tensor] | None = None,
     """Let a frozen tower encode a batch of images once, for sampling and for the update.
 
     With a `budget` in GiB, `store` keeps the tower's output for later epochs too. A tower with a part that
-    trains, such as Qwen's with its connector inside, runs every time.
+    trains, such as Qwen's with its connector inside, runs every time. Of one that is asked for hidden states,
+    such as LLaVA's, nothing is kept for later epochs.
     """
     # What is kept is the tower's output *before* the connector. Kept after it, the connector would get no
     # gradient: it would be frozen too, without a word.
@@ -70,7 +71,7 @@ def _encode_new_tiles(tower: torch.nn.Module, store: dict[int, Tensor], budget: 
                       kwargs: dict[str, Any]) -> BaseModelOutput:
     """The tower's output for a batch of image tiles; it runs only on those not in `store`, and fills it."""
     tiles = args[0] if args else kwargs["pixel_values"]
-    keys = [hash(tile.cpu().numpy().tobytes()) for tile in tiles]
+    keys = [hash(tile.float().cpu().numpy().tobytes()) for tile in tiles]
     new = [i for i, key in enumerate(keys) if key not in store]
     known = {key: store[key] for key in keys if key in store}
 
