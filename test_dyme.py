@@ -107,7 +107,7 @@ def test_groundedness_by_hand() -> None:
     assert reward.groundedness("(3 + 9) / 2 = 5", facts) == (2, 4) and reward.groundedness("9 / 2 = 4.5", facts) == (2, 3)
     assert reward.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
     assert not reward.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and reward.groundedness("sales (4) = 3", facts) == (2, 2)
-    assert [e.true for e in reward.equations("3 − 7 = −4, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, False]
+    assert [e.true for e in reward.equations("3 − 7 = −4, 8 -3 = 5, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, True, False]
     assert not any(e.true for e in reward.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
     assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
     assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14

@@ -537,6 +537,12 @@ def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: P
     assert feed.worker_threads() == 3
 
 
+def test_a_number_of_processes_alone_does_not_mean_torchrun(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters do
+    with parallel.processes("cpu"):
+        assert parallel.count() == 1
+
+
 def cuda_policy() -> Policy:
     policy = new_policy(0)
     return dataclasses.replace(policy, model=policy.model.to("cuda"), device=torch.device("cuda"), end_ids=[])
