@@ -101,7 +101,7 @@ class Config:
 REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300,
         "warmup": 50, "sft_steps": 0, "eval_rows": 200}
 LEARNING_RATES = {
-    "toy": {"dyme": 5e-4, "grpo": 5e-4, "two-stage": 5e-4, "sft": 2e-4},
+    "toy": {"dyme": 5e-4, "grpo": 1e-4, "two-stage": 5e-4, "sft": 2e-4},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
 }
 CHOICES = {"mode": ("dyme", "sft", "grpo", "two-stage"), "traces": ("high", "medium", "low")}
