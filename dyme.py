@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from reward import Example, reference_response, thinking_f1, verify
 from support import ablations, attention, cache, feed, files, graphs, judging, memory, metrics
-from support import models, parallel, references, rows, runs, samples, settings, supervision, vision
+from support import models, onednn, parallel, references, rows, runs, samples, settings
+from support import supervision, vision
 from support.errors import DivergedError, UserError
 
 Model = torch.nn.Module
@@ -158,7 +159,8 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     with models.errors_told(name):
         model, processor = models.load_pretrained(models.source(name))
     parallel.limit_threads(sum(p.numel() for p in model.parameters()))
-    return make_policy(model.to(device), processor, device, image_edge)
+    onednn.use_onednn(model.to(device))
+    return make_policy(model, processor, device, image_edge)
 
 
 def make_policy(model: Model, processor: Any, device: torch.device,

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dyme
 from dyme import Config, Groups, Policy, Prefix, Rollout, Sequence
 from reward import Example
-from support import data, memory, parallel, runs, settings, vision
+from support import data, memory, onednn, parallel, runs, settings, vision
 
 
 def split_steps(argv: list[str]) -> tuple[int, list[str]]:
@@ -126,7 +127,7 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[di
     rows = [p for p in range(len(chunk)) for _ in range(cfg.generations)]
 
     def flops(work: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=onednn.FLOPS) as counter:
             work()
         return counter.get_total_flops()
 
@@ -142,7 +143,8 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[di
         work = {"vision": flops(prompt), "prompt": flops(prompt), "update": flops(update)}
         work["vision"] -= work["prompt"]  # the second pass found the images encoded
         cache = sum(x.keys.numel() + x.values.numel() for x in prompt().cache.layers)
-    flops_rate, copy_rate = machine_rates(policy.device)
+    by_onednn = any(isinstance(module, onednn.Linear) for module in model.modules())
+    flops_rate, copy_rate = machine_rates(policy.device, onednn.product if by_onednn else torch.mm)
     scale, size = len(parallel.share(len(examples))) / len(chunk), 2 if policy.device.type == "cuda" else 4
     towers = {id(p) for tower in vision.towers(model) for p in tower.parameters()}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in towers)
@@ -152,12 +154,12 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example]) -> tuple[di
     return floor, flops_rate, copy_rate
 
 
-def machine_rates(device: torch.device) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in the precision of training, bytes/s read and written by a copy."""
+def machine_rates(device: torch.device, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """FLOP/s of a large matrix `product` in the precision of training, bytes/s read and written by a copy."""
     n, dtype = (8192, parallel.half_precision()) if device.type == "cuda" else (2048, torch.float32)
     a = torch.randn(n, n, device=device).to(dtype)
     block = torch.zeros(2**28, dtype=torch.uint8, device=device)
-    product, other = torch.empty_like(a), torch.empty_like(block)
+    other = torch.empty_like(block)
 
     def fastest(work: Callable[[], Any]) -> float:
         times = []
@@ -167,7 +169,7 @@ def machine_rates(device: torch.device) -> tuple[float, float]:
             times.append(seconds(device) - start)
         return min(times)
 
-    return (2 * n**3 / fastest(lambda: torch.mm(a, a, out=product)),
+    return (2 * n**3 / fastest(lambda: product(a, a)),
             2 * block.numel() / fastest(lambda: other.copy_(block)))
 
 

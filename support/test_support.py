@@ -1,6 +1,7 @@
 """Tests of support/: data, domains, other rules, the benchmark, what a GPU needs, the README."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -29,7 +30,7 @@ import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
 from support import ablations, attention, benchmark, chartqa, data, domains, feed, files, gpu_check, graphs, judging
-from support import make_toy_base, parallel, references, settings, supervision, test_course, toy
+from support import make_toy_base, onednn, parallel, references, settings, supervision, test_course, toy
 from support import runs as run_folders
 from support.errors import UserError
 from support.make_toy_base import new_policy
@@ -418,6 +419,61 @@ def test_coin_flips_explore_every_group_and_responses_have_full_length(tiny: Pol
     assert [len(r.ids) for group in groups.responses for r in group] == [9] * 8
 
 
+@pytest.fixture
+def by_onednn(tiny: Policy) -> torch.nn.Module:
+    model = copy.deepcopy(tiny.model)
+    onednn.use_onednn(model, least=0)
+    if not any(isinstance(module, onednn.Linear) for module in model.modules()):
+        pytest.skip("for x86 processors")
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_by_onednn_is_a_linear_layer(bias: bool, by_onednn: torch.nn.Module) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40, bias=bias)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = onednn.Linear
+    calls, product = [], onednn.product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "product", lambda a, b: calls.append(1) or product(a, b))
+        for shape in ((24,), (7, 24), (2, 7, 24), (2, 3, 7, 24), (0, 24)):
+            x = torch.randn(*shape).requires_grad_()
+            y = x.detach().clone().requires_grad_()
+            a, b = plain(x), ours(y)
+            a.square().sum().backward(), b.square().sum().backward()
+            assert a.shape == b.shape and torch.allclose(a, b, atol=1e-6) and torch.allclose(x.grad, y.grad, atol=1e-5)
+    assert len(calls) == 3 * 4  # forward and both gradients; nothing is multiplied by nothing
+    for one, two in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, atol=1e-4)
+    ours.weight.requires_grad_(False)
+    before = ours.weight.grad.clone()
+    ours(x).sum().backward()
+    assert torch.equal(ours.weight.grad, before)
+    assert torch.equal(ours.double()(x.double()), copy.deepcopy(plain).double()(x.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.float()(y).dtype == torch.bfloat16
+
+
+def test_a_model_by_onednn_has_the_same_loss_and_gradients(tiny: Policy, by_onednn: torch.nn.Module,
+                                                           examples: list[Example]) -> None:
+    results = []
+    for model in (copy.deepcopy(tiny.model), by_onednn, copy.deepcopy(by_onednn)):
+        policy = dataclasses.replace(tiny, model=model)
+        sequences = [dyme.Sequence(i, dyme.target_ids(policy, examples[i]), 0.5, False) for i in range(2)]
+        inputs = dyme.encode_prompts(policy, examples[:2], room=48)
+        logprobs, mask, _ = dyme.sequence_logprobs(policy, model, inputs, [0, 1], sequences, 1.0)
+        (logprobs * mask).sum().backward()
+        results.append((logprobs * mask, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for logprobs, gradient in results[1:]:
+        assert torch.allclose(results[0][0], logprobs, atol=1e-5)
+        assert torch.allclose(results[0][1], gradient, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_the_toy_does_not_multiply_by_onednn(tiny: Policy) -> None:
+    assert not any(isinstance(module, onednn.Linear) for module in tiny.model.modules())
+
+
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -607,7 +663,7 @@ def test_help_knows_every_flag_and_the_readmes_name_nothing_else(runs: Path, cap
     assert not [flag for flag in mentioned if flag not in flags and f'"{flag}"' not in code]
     # Functions and metrics that the READMEs name exist.
     names = set(re.findall(r"`([a-z]+_[a-z_]+)`", readme))
-    modules = [dyme, reward, evaluation, ablations, supervision, settings, run_folders, domains, parallel, files]
+    modules = [dyme, reward, evaluation, ablations, supervision, settings, run_folders, domains, parallel, files, onednn]
     known = [*modules, Config(), test_dyme, test_course, torch.nn.Module(), dyme.Policy]
     written = [files.read_jsonl(runs / "a" / name)[0] for name in ("metrics.jsonl", "held-out-1.jsonl",
                                                                   "evaluations.jsonl")]
