@@ -23,7 +23,8 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., D)` to (..., W)."""
-        if x.dtype != torch.float32 or not x.numel() or torch.is_autocast_enabled("cpu"):
+        for_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+        if not for_onednn or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         y = Product.apply(x.reshape(-1, self.in_features), self.weight)
         y = y if self.bias is None else y + self.bias
