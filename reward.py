@@ -7,7 +7,6 @@ only, tell thinking from pseudo thinking: fluent text whose values are not in th
 """
 
 import ast
-import itertools
 import operator
 import re
 from collections import Counter
@@ -35,7 +34,7 @@ class Example:
 
 FLAG = "Answer:"
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-SIGNED = rf"(?:(?<![\w)%])(?<![\d)%]\s)[-−])?(?:{NUMBER})"  # a minus belongs to it, unless it subtracts
+SIGNED = rf"(?:(?<![\w)%])(?<![\d)%][^\S\n])-)?(?:{NUMBER})"  # a minus belongs to it, unless it subtracts
 
 
 @dataclass
@@ -56,8 +55,7 @@ def split_response(text: str) -> tuple[str, list[str]]:
 def verify(completion: str, example: Example, finished: bool = True, tolerance: float = 0.0) -> Verdict:
     """Judge a response (without its end token) against the example's answer, by rules alone.
 
-    Formatting is forgiven (`answers_match`), a wrong value never. `finished`: did it end with an end token?
-    The released training reward has tolerance 0 too.
+    Formatting is forgiven (`answers_match`), a wrong value never (as released). `finished`: by an end token?
     """
     _, answers = split_response(completion)
     # Exactly one flag counts: a response that lists several answers would be right by trying.
@@ -76,8 +74,7 @@ def verify(completion: str, example: Example, finished: bool = True, tolerance: 
 def reference_response(example: Example) -> str:
     """What is memorized (Eq. 1): trace and answer line, or the answer line alone without a trace."""
     thinking, _ = split_response(example.hint or "")  # a trace may hold a flag of its own
-    answer_line = f"{FLAG} {example.answer}"
-    return f"{thinking}\n{answer_line}" if thinking else answer_line
+    return f"{thinking}\n{FLAG} {example.answer}".lstrip("\n")
 
 
 def final_answer(completion: str) -> str:
@@ -118,9 +115,8 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0) -> bool:
     prediction, target = strip_answer(prediction), strip_answer(target)
     if target.startswith("[") and target.endswith("]"):
         wanted, given = _list_items(target), _list_items(prediction)
-        if len(wanted) != len(given):
-            return False
-        return all(answers_match(g, w, tolerance) for g, w in zip(given, wanted, strict=True))
+        same = (answers_match(g, w, tolerance) for g, w in zip(given, wanted, strict=False))
+        return len(wanted) == len(given) and all(same)
     p, t = _number(prediction), _number(target)
     if p is None or t is None:
         return prediction.lower() == target.lower()
@@ -181,9 +177,8 @@ def thinking_f1(response: str, reference: str) -> float:
 
 
 def _tokens(response: str) -> Counter[str]:
-    thinking, _ = split_response(response)
     # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
-    return Counter(re.findall(rf"{NUMBER}|\w+|[-+*/=×÷−]", thinking.lower()))
+    return Counter(re.findall(rf"{NUMBER}|\w+|[-+*/=×÷−]", split_response(response)[0].lower()))
 
 
 def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, int]:
@@ -201,12 +196,8 @@ def quoted_numbers(thinking: str, facts: str, question: str = "") -> list[tuple[
     known = {_value(n) for n in re.findall(NUMBER, facts)}
     given = {_value(n) for n in re.findall(NUMBER, question)} - known
     known |= _derived(thinking, known | given)
-    quoted = []
-    for match in re.finditer(NUMBER, thinking):
-        value = _value(match[0])
-        if value not in given:
-            quoted.append((*match.span(), value in known))
-    return quoted
+    quoted = [(match.span(), _value(match[0])) for match in re.finditer(NUMBER, thinking)]
+    return [(*span, value in known) for span, value in quoted if value not in given]
 
 
 def thinking_fault(response: str, example: Example) -> str:
@@ -234,12 +225,17 @@ def thinking_fault(response: str, example: Example) -> str:
 
 def ends_in(text: str, answer: str) -> bool:
     """Are the last words or numbers of a text the answer, formatting aside?"""
-    found, wanted = (re.findall(rf"{SIGNED}|\w+", part.lower().replace("−", "-")) for part in (text, answer))
+    found, wanted = (re.findall(rf"{SIGNED}|\w+", _plain_signs(part.lower())) for part in (text, answer))
     return bool(wanted) and " ".join(found[-len(wanted):]).replace(",", "") == " ".join(wanted).replace(",", "")
 
 
+def _plain_signs(text: str) -> str:
+    text = re.sub(r"= ?-\s(?=\.?\d)", "= -", re.sub("[$€£¥]", "", text.replace("−", "-")))
+    return re.sub(r"\n[ \t]{0,9}[-*](?=\s)", "\n;", text)  # a list's dash is no minus
+
+
 def _value(text: str) -> float:
-    return round(float(text.replace(",", "").replace("−", "-")), 6)
+    return round(float(text.replace(",", "")), 6)
 
 
 # ---- Equations in a trace ------------------------------------------------------------------------
@@ -252,24 +248,29 @@ class Equation:
     text: str
     operands: list[float]  # of its left side, without signs and divisors: an average divides by a count
     result: float  # its right side
-    true: bool  # is the left side worth the right side, within 1 % or 0.005?
+    true: bool  # is the left side worth the right side, within 1 % or its last digit?
 
 
 def equations(thinking: str) -> list[Equation]:
     """Find `expression = number` in a trace, in the order written; linear in its length."""
-    tokens = re.findall(rf"{SIGNED}|[-+*/×÷−()=%]|[^\s\d]", thinking)
+    tokens = re.findall(rf"{SIGNED}|[-+*/×÷()=%]|[^\s\d]", _plain_signs(thinking))
     found = []
-    for i, (token, right) in enumerate(itertools.pairwise(tokens)):
-        if token != "=" or not right[-1].isdigit():
+    for i, (token, right) in enumerate(zip(tokens, tokens[1:], strict=False)):
+        after = "".join(tokens[i + 2:i + 4])  # the right side of `3 + 9 = 24 / 2` is not read
+        if token != "=" or not right[-1].isdecimal() or re.match(r"[-+*/×÷].*\d", after):
             continue
         left = _expression_before(tokens, i)
         value = _arithmetic(" ".join(left))
         if value is None or not set(left) & set("+-*/"):  # `sales (2018) = 41` states a value
             continue
         pairs, result = zip(["", *left], left, strict=False), _value(right)
-        operands = [abs(_value(t)) for before, t in pairs if t[-1].isdigit() and before != "/"]
-        true = abs(value - result) <= max(0.01 * abs(value), 0.005)
-        found.append(Equation(f"{' '.join(left)} = {result:g}", operands, result, true))
+        operands = [abs(_value(t)) for before, t in pairs if t[-1].isdecimal() and before != "/"]
+        slack = 0.99 * 10.0 ** -len(right.partition(".")[2]) if "." in right else 0.005  # rounded, or cut off
+        values = [value] + [100 * value] * (after[:1] == "%")  # 20 / 50 = 40 %
+        true = any(abs(v - result) <= max(0.01 * abs(v), slack) for v in values)
+        is_range = re.fullmatch(r"\d\d+ - \d\d+", " ".join(left)) and operands[0] < operands[1]
+        if true or not is_range:  # `ages 18-29 = 42` states a value
+            found.append(Equation(f"{' '.join(left)} = {result:g}", operands, result, true))
     return found
 
 
@@ -277,13 +278,13 @@ def _expression_before(tokens: list[str], end: int) -> list[str]:
     """The numbers, operators and brackets that stand directly before token `end`."""
     left: list[str] = []
     for token in reversed(tokens[max(0, end - 100):end]):
-        is_number = token[-1].isdigit()
-        if not (is_number or token in "-+*/×÷−()%"):
+        is_number = token[-1].isdecimal()
+        if not (is_number or token in "-+*/×÷()%"):
             break
-        if is_number and left and left[-1][-1].isdigit():  # "in 2010 3 + 4 = 7": the year is not in it
+        if is_number and left and left[-1][-1].isdecimal():  # "in 2010 3 + 4 = 7": the year is not in it
             break
         if token != "%":
-            left.append(token.translate(str.maketrans("×÷−", "*/-", ",")))
+            left.append(token.translate(str.maketrans("×÷", "*/", ",")))
     left.reverse()
     while left and left[0] in "-+*/)":  # a list's dash
         del left[0]
@@ -294,10 +295,9 @@ def _derived(thinking: str, known: set[float]) -> set[float]:
     """Results of the true equations in a trace whose operands are known, or derived before."""
     derived: set[float] = set()
     for equation in equations(thinking):
-        if equation.true and set(equation.operands) <= known | derived:
-            derived.add(abs(equation.result))  # quoted without its sign
-            if f"/ {len(equation.operands)} =" in equation.text:  # an average: its count is in no image
-                derived.add(len(equation.operands))
+        if equation.true and all(x in known or x in derived for x in equation.operands):
+            count = len(equation.operands)  # by which an average divides, and which is in no image
+            derived |= {abs(equation.result)} | ({count} if f") / {count} =" in equation.text else set())
     return derived
 
 

@@ -108,6 +108,11 @@ def test_groundedness_by_hand() -> None:
     assert reward.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
     assert not reward.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and reward.groundedness("sales (4) = 3", facts) == (2, 2)
     assert [e.true for e in reward.equations("3 − 7 = −4, 8 -3 = 5, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, True, False]
+    assert [e.true for e in reward.equations("$5 - $3 = $2, 3 - 5 = - 2, 20 / 50 = 40%, (2 + 2 + 3) / 3 = 2.3, 1/6 = 0.16")] == [True] * 5
+    assert [e.true for e in reward.equations("- red: 3\n- 3 + 4 = 7\nblue: 3\n-4 + 5 = 1")] == [True, True]
+    # Neither a digit that is no number, nor a range, nor a sum that stands for its own.
+    assert not reward.equations("3 + 4 = ²; ages 18-29 = 42%, 3 + 9 = 24 / 2") and not reward.equations("29 - 18 = 12")[0].true
+    assert reward.groundedness("3 + 9 / 2 = 7.5", facts) == (3, 4)
     assert not any(e.true for e in reward.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
     assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
     assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
@@ -130,6 +135,7 @@ def test_valid_thinking_by_hand(thinking: str, fault: str) -> None:
 
 def test_a_text_ends_in_an_answer_formatting_aside() -> None:
     assert reward.ends_in("so 1,000 + 234 = 1,234.", "1234") and reward.ends_in("it is −4", "-4")
+    assert reward.ends_in("change -5", "-$5") and not reward.ends_in("is -$5", "5") and reward.ends_in("= - 2", "-2")
     assert reward.ends_in("3-4", "4") and reward.ends_in("[22, 35]", "22,35")
     assert not reward.ends_in("it is 4", "-4") and not reward.ends_in("it is -4", "4") and not reward.ends_in("", "4")
 

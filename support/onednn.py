@@ -40,6 +40,7 @@ class Product(torch.autograd.Function):
         return product(x, w)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
         of_x = product(g, w.t()) if ctx.needs_input_grad[0] else None
@@ -52,5 +53,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-# Floating-point operations of `product`, from the shapes of its factors, for torch's FlopCounterMode.
-FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * prod(a) * b[0]}
+# Floating-point operations of `product`, from the shapes of its factors, for torch's FlopCounterMode. A torch without
+# oneDNN, as on a Mac, has no such operation.
+FLOPS = {operation: lambda a, b, *_, **__: 2 * prod(a) * b[0]
+         for operation in [getattr(torch.ops.mkldnn, "_linear_pointwise", None)] if operation}

@@ -470,6 +470,15 @@ def test_a_model_by_onednn_has_the_same_loss_and_gradients(tiny: Policy, by_oned
         assert torch.allclose(results[0][1], gradient, atol=1e-4 * gradient.abs().max().item())
 
 
+def test_a_torch_without_onednn_works(monkeypatch: Patch, tiny: Policy) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # as on a Mac
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    module = runpy.run_path(onednn.__file__)
+    model = copy.deepcopy(tiny.model)
+    module["use_onednn"](model, least=0)
+    assert module["FLOPS"] == {} and all(type(m).__module__ != "<run_path>" for m in model.modules())
+
+
 def test_the_toy_does_not_multiply_by_onednn() -> None:
     policy = dyme.load_policy("tiny", CPU)
     assert not any(isinstance(module, onednn.Linear) for module in policy.model.modules())
