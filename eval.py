@@ -153,13 +153,14 @@ def print_table(table: list[dict[str, Any]]) -> None:
     extra = dict.fromkeys(key for row in table for key in row if key.startswith(starts))
     columns = [*COLUMNS, *extra]
     width = max(len(row["model"]) for row in table)
-    heads = " ".join(f"{column:>12.18}" for column in columns)
+    heads = " ".join(f"{column:>12}" for column in columns)
     print(f"{'model':{width}} {'mode':9} seed  rows {heads}")
     for row in table:
         cells = []
         for column in columns:
             value = row.get(column)
-            cells.append(f"{value:12.3f}" if isinstance(value, float) else f"{'-':>12}")
+            shown = f"{value:.3f}" if isinstance(value, float) else "-"
+            cells.append(f"{shown:>{max(12, len(column))}}")
         print(f"{row['model']:{width}} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")
     for setting in dict.fromkeys(row["setting"] for row in table):
         # By seed, so that a copy of a run does not count as another one.

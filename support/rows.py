@@ -94,6 +94,11 @@ def read_rows(path: Path, split: str) -> list[Example]:
     return hold_back(examples, groups, split, str(path))
 
 
+# Unknown fields are ignored, but for those that are likely to stand for one that is read.
+SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "image", "hints": "hint", "trace": "hint",
+         "fact": "facts"}
+
+
 def own_row(row: dict[str, Any], folder: Path, name: str) -> Example:
     """One of your own rows. Raises UserError naming it if it cannot be used."""
     question, answer, image = row.get("question"), row.get("answer"), row.get("image")
@@ -102,6 +107,9 @@ def own_row(row: dict[str, Any], folder: Path, name: str) -> Example:
             raise UserError(f"{name}: needs a non-empty `question` and `answer`")
     if not all(isinstance(row.get(key), str | None) for key in ("image", "hint", "facts")):
         raise UserError(f"{name}: `image`, `hint` and `facts` must be text where given")
+    for slip, key in SLIPS.items():
+        if slip in row and key not in row:
+            raise UserError(f"{name}: `{slip}` is not read; did you mean `{key}`?")
     opener = image_opener(folder / image, name) if image else None
     return Example(str(question), str(answer).strip(), opener, row.get("hint") or None, row.get("facts"),
                    name=name)

@@ -134,11 +134,11 @@ def resumed_settings(cfg: Any, given: dict[str, Any]) -> dict[str, Any]:
     return saved | {"overwrite": False} | anew | {"out": cfg.out}
 
 
-def check_model_name(name: str, known: Iterable[str]) -> None:
+def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
     """Raise UserError, before anything is downloaded, if a model is neither known nor a folder nor a hub id."""
     path = Path(name)
     if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
-        raise UserError(f"--model {name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
+        raise UserError(f"{flag}{name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
                         f"{', '.join(sorted(known))}")
 
 
@@ -152,7 +152,7 @@ SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9
 def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) -> None:
     """Refuse values that cannot work, naming the flag; `models` are the names that need no folder."""
     if not cfg.resume:
-        check_model_name(cfg.model, models)
+        check_model_name(cfg.model, models, "--model ")
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: needs `pip install tensorboard`")
     for f in dataclasses.fields(cfg):

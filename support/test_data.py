@@ -79,6 +79,16 @@ def test_a_photo_is_upright_and_broken_notes_cost_nothing(tmp_path: Path) -> Non
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
+def test_a_field_that_is_likely_a_slip_is_named(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "image_id": 3}
+    for slip, meant in (("img", "image"), ("hints", "hint"), ("fact", "facts")):
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"q{i}", slip: "x"}) for i in range(3)))
+        with pytest.raises(UserError, match=f"row 1: `{slip}` is not read; did you mean `{meant}`"):
+            data.load_data(str(tmp_path / "rows.jsonl"), "train")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"q{i}"}) for i in range(3)))
+    assert len(data.load_data(str(tmp_path / "rows.jsonl"), "train")) == 2
+
+
 def test_half_a_character_is_replaced_and_its_row_named(runs: Path, capsys: Capture) -> None:
     smile = "\U0001f600"
     found = [{"question": f"What is {i}? {smile}", "answer": "red", "hint": f"Red. {smile}"} for i in range(12)]
