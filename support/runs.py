@@ -217,6 +217,8 @@ def print_start(cfg: Any, device: Any, training: int, held_out: int, step: int) 
         begins = "going on" if cfg.resume and step else "starting"
         where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
         print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; {where}")
+        if training < cfg.prompts:
+            print(f"--prompts {cfg.prompts}: a step takes each of the {training} training rows more than once")
 
 
 def print_stopped(run: Path) -> None:

@@ -157,6 +157,13 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys
     assert all((runs / "a" / name).exists() for name in mine) and not (runs / "a" / "held-out-2.jsonl").exists()
 
 
+def test_more_prompts_than_rows_are_told(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1", "--prompts", "16") == 0
+    assert "more than once" not in capsys.readouterr().out
+    assert run(runs, "b", "--mode", "sft", "--steps", "1", "--prompts", "17") == 0
+    assert "--prompts 17: a step takes each of the 16 training rows more than once" in capsys.readouterr().out
+
+
 def test_a_start_that_fails_leaves_no_folder(runs: Path, capsys: Capture) -> None:
     shutil.copytree(toy.BASE, runs / "base")
     (runs / "base" / "model.safetensors").write_bytes(b"cut")
