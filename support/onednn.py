@@ -1,4 +1,4 @@
-"""Matrix products on a CPU by oneDNN. PyTorch takes MKL for float32, which is half as fast on AMD's processors."""
+"""Matrix products on a CPU by oneDNN. PyTorch takes MKL for float32: half as fast on the AMD processor measured."""
 
 import platform
 from math import prod
