@@ -553,8 +553,8 @@ def score(policy: Policy, rolled: Rollout, examples: list[Example], thinking_wei
         for k, response in enumerate(responses[p]):
             verdict = verify(response.text, example, response.finished)
             correct[p, k], in_format[p, k] = verdict.correct, verdict.in_format
-            if example.hint:  # without one, r_t is 0
-                thinking[p, k] = thinking_f1(response.text, example.hint)
+            if example.trace:  # without one, r_t is 0
+                thinking[p, k] = thinking_f1(response.text, example.trace)
     rewards = correct + thinking_weight * thinking + format_weight * in_format  # (P, K)
     entropy = (rolled.entropy * rolled.mask).sum(1).view(P, K).cpu()
     return Groups(responses, correct, thinking, in_format, rewards, entropy)
@@ -965,8 +965,8 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
     tqdm.write(f"step {step}: " + judging.one_line(summary))
-    if step and summary["strict"] > trainer.best:
-        trainer.best = summary["strict"]
+    if step and summary["accuracy"] > trainer.best:
+        trainer.best = summary["accuracy"]
         save_policy(trainer.policy, run / "best")
 
 
@@ -982,7 +982,7 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
         "step": step, "failures": trainer.failures, "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "kept": {"buffer": [(e.name, e.hint) for e in trainer.buffer],
+        "kept": {"buffer": [(e.name, e.trace) for e in trainer.buffer],
                  "examples": [*helper.examples] if helper else []},
     }
     save_policy(trainer.policy, run / "checkpoint", state)
@@ -1009,7 +1009,7 @@ def load_checkpoint(run: Path, trainer: Trainer, examples: list[Example]) -> int
     trainer.failures, trainer.best = state["failures"], state.get("best", -1.0)
     by_name = {example.name: example for example in examples}
     for name, hint in state["kept"]["buffer"]:
-        trainer.buffer.append(replace(by_name[name], hint=hint))
+        trainer.buffer.append(replace(by_name[name], trace=hint))
     if trainer.helper:
         trainer.helper.examples.extend(state["kept"]["examples"])
     return state["step"]

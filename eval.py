@@ -8,7 +8,7 @@
     python eval.py report runs/*                              # a page that shows them think
     torchrun --nproc_per_node=4 eval.py runs/NAME             # on four GPUs
 
-*strict* accuracy wants the format: one flag, an answer, an end token. *official* is the data set's published
+*accuracy* accuracy wants the format: one flag, an answer, an end token. *official* is the data set's published
 score of the text after the last `Answer:`; *any_format* counts the last word or number of the response.
 *valid_thinking* is right for the right reasons (see the README).
 """
@@ -25,7 +25,7 @@ from dyme import PROMPT, Config, load_policy, respond
 from support import data, files, judging, models, parallel, report, rows, runs, settings
 from support.errors import UserError
 
-COLUMNS = ("strict", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
+COLUMNS = ("accuracy", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
 # The base rows of the paper's main table are asked for the answer alone.
 PROMPTS = {"think": PROMPT, "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
 
@@ -103,7 +103,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
         groups = list(parallel.chunks(drawn, k))
         summary |= vote(groups)
         for prediction, group in zip(predictions, groups, strict=True):
-            keys = ("response", "parsed", "strict")
+            keys = ("response", "parsed", "accuracy")
             prediction["samples"] = [{key: sample[key] for key in keys} for sample in group]
     if parallel.is_main():
         files.write_jsonl(out / "predictions.jsonl", predictions)
@@ -140,7 +140,7 @@ def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
     """pass@k (any of k samples is right) and majority@k (the commonest answer in the format is right)."""
     passed, majority, k = 0, 0, len(groups[0])
     for group in groups:
-        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["strict"]) for p in group]
+        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["accuracy"]) for p in group]
         commonest = Counter(answer for answer, _ in said if answer).most_common(1)
         passed += any(right for _, right in said)
         majority += any(right for answer, right in said if commonest and answer == commonest[0][0])
@@ -149,7 +149,7 @@ def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line per model, then mean and range over the seeds of each setting that has several."""
-    starts = ("official_", "strict_", "any_match", "multiple_choice", "pass@", "majority@")
+    starts = ("official_", "accuracy_", "any_match", "multiple_choice", "pass@", "majority@")
     extra = dict.fromkeys(key for row in table for key in row if key.startswith(starts))
     columns = [*COLUMNS, *extra]
     width = max(len(row["model"]) for row in table)
@@ -171,7 +171,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 def print_seeds(seeds: list[dict[str, Any]]) -> None:
     """Print mean and range over seeds."""
-    for column in ("strict", "official", "valid_thinking"):
+    for column in ("accuracy", "official", "valid_thinking"):
         scores = [row[column] for row in seeds if row.get(column) is not None]
         if not scores:
             continue

@@ -22,7 +22,7 @@ class Example:
     question: str
     answer: str
     image: Callable[[], Any] | None = None  # returns the decoded picture; None for text alone
-    hint: str | None = None  # the reference thinking trace
+    trace: str | None = None  # the reference thinking trace
     facts: str | None = None  # the visual facts I_c as text
     source: str = ""  # a part of the data that is also scored alone: human or augmented questions
     name: str = ""  # for messages: the file and row it came from
@@ -73,7 +73,7 @@ def verify(completion: str, example: Example, finished: bool = True, tolerance: 
 
 def reference_response(example: Example) -> str:
     """What is memorized (Eq. 1): trace and answer line, or the answer line alone without a trace."""
-    thinking, _ = split_response(example.hint or "")  # a trace may hold a flag of its own
+    thinking, _ = split_response(example.trace or "")  # a trace may hold a flag of its own
     return f"{thinking}\n{FLAG} {example.answer}".lstrip("\n")
 
 

@@ -127,10 +127,10 @@ def test_valid_thinking_by_hand(thinking: str, fault: str) -> None:
     example = Example("How much taller is red than blue?", "5", facts="red 8, blue 3")
     assert reward.thinking_fault(f"{thinking}\nAnswer: 5", example) == fault
     judged = judging.judge(example, f"{thinking}\nAnswer: 5", True)
-    assert judged["strict"] and judged["valid_thinking"] is (fault == "") and judged["thinking_fault"] == fault
+    assert judged["accuracy"] and judged["valid_thinking"] is (fault == "") and judged["thinking_fault"] == fault
     assert judging.judge(example, f"{thinking}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
     without = judging.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
-    assert without["valid_thinking"] is None and without["strict"]
+    assert without["valid_thinking"] is None and without["accuracy"]
 
 
 def test_a_text_ends_in_an_answer_formatting_aside() -> None:
@@ -146,7 +146,7 @@ def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> Non
     judged = [judging.judge(e, text, True) | {"length": 1} for e, text in zip(rows, said, strict=True)]
     assert [p["any_format"] for p in judged] == [True, False, True]
     summary = judging.summarise(judged)
-    assert summary["any_format"] == pytest.approx(2 / 3) and summary["strict_a"] == 0 and summary["strict_b"] == 0.5
+    assert summary["any_format"] == pytest.approx(2 / 3) and summary["accuracy_a"] == 0 and summary["accuracy_b"] == 0.5
     assert summary["official"] == pytest.approx(1 / 3) and summary["valid_thinking"] is None  # not a mean over parts
 
 
@@ -632,7 +632,7 @@ def test_a_prompt_longer_than_the_context_is_named(tiny: Policy, examples: list[
 
 
 def test_a_trace_with_a_flag_of_its_own_still_gives_a_verifiable_target() -> None:
-    example = Example("q", "7", hint="It is 7. Answer: 7")
+    example = Example("q", "7", trace="It is 7. Answer: 7")
     assert reward.reference_response(example) == "It is 7.\nAnswer: 7"
     assert verify(reward.reference_response(example), example).correct
 
@@ -884,8 +884,8 @@ def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(m
 def test_draws_for_equal_prompts_differ_by_row(tiny: Policy, examples: list[Example]) -> None:
     drawn = dyme.respond(tiny, [examples[0]] * 4, 8, 2, draws=2)
     assert len({p["response"] for p in drawn}) > 4 and all(p["name"] == examples[0].name for p in drawn)
-    assert judging.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["strict"]  # the metric's 5 %
-    assert not judging.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["strict"]
+    assert judging.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["accuracy"]  # the metric's 5 %
+    assert not judging.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["accuracy"]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
@@ -921,7 +921,7 @@ def test_every_row_is_seen_once_an_epoch(mode: str, sizes: list[int]) -> None:
 
 
 def accuracy(policy: Policy, examples: list[Example]) -> float:
-    return judging.summarise(dyme.respond(policy, examples, 40, 64))["strict"]
+    return judging.summarise(dyme.respond(policy, examples, 40, 64))["accuracy"]
 
 
 def test_dyme_learns_by_memorizing_and_then_exploring(tiny: Policy, examples: list[Example]) -> None:
@@ -1040,7 +1040,7 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     assert run(runs, "b", "--steps", "3", "--seed", "1") == 0
     assert run_folders.run_main(lambda: evaluation.main(["--model", str(runs / "a"), str(runs / "b"), "--samples", "2"])) == 0
     table = capsys.readouterr().out
-    assert "2 seeds: mean" in table and "pass@2" in table and "valid_thinking" in table and "strict_sum" in table
+    assert "2 seeds: mean" in table and "pass@2" in table and "valid_thinking" in table and "accuracy_sum" in table
     assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 8
     assert run_folders.run_main(lambda: evaluation.main([str(runs / "a"), "--best", "--limit", "2"])) == 0
     assert json.loads((runs / "a" / "evaluation.json").read_text())["weights"] == "best"
@@ -1126,7 +1126,7 @@ def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(tmp
 # ---- Evaluation and bad input ---------------------------------------------------------------------
 def test_vote_by_hand() -> None:
     def prediction(parsed: str | None, strict: bool) -> Row:
-        return {"parsed": parsed, "strict": strict}
+        return {"parsed": parsed, "accuracy": strict}
     groups = [[prediction("4", True), prediction("5", False), prediction("5", False)],
               [prediction("7", True), prediction(None, False), prediction("7", True)]]
     assert evaluation.vote(groups) == {"pass@3": 1.0, "majority@3": 0.5}

@@ -52,7 +52,7 @@ def read(root: Any, split: str, augmented: bool) -> list[Example]:
             if example is None:
                 notes[f"skipped for an empty question or answer (the first: {name})"] += 1
                 continue
-            if not example.hint:
+            if not example.trace:
                 notes["without a trace, which can be explored but only memorized as an answer line"] += 1
             examples.append(example)
             images.append(entry["imgname"])

@@ -147,7 +147,7 @@ def mathverse_row(row: dict[str, Any], root: Path, name: str) -> Example:
 
 
 def geometry_example(question: str, answer: str, image: Callable[[], Image.Image], name: str,
-                     hint: str | None = None) -> Example:
+                     trace: str | None = None) -> Example:
     """A question whose answer is a choice's letter, or its value; units and degree signs are forgiven."""
     choices = dict(re.findall(r"^\(?([A-H])[:.)]\s*(.+)$", question, re.MULTILINE))
 
@@ -158,7 +158,7 @@ def geometry_example(question: str, answer: str, image: Callable[[], Image.Image
         value = choices.get(reward.strip_answer(answer)[:1], answer)
         return reward.answers_match(without_unit(given), without_unit(value), tolerance)
 
-    return Example(question, answer, image, hint, name=name, accepts=accepts,
+    return Example(question, answer, image, trace, name=name, accepts=accepts,
                    scores={"official": lambda given: float(accepts(given, 0.0))})
 
 
@@ -171,7 +171,7 @@ def gsm8k_row(row: dict[str, Any], _: Path, name: str) -> Example:
         numbers = re.findall(rf"-?{NUMBER}", given)
         return bool(numbers) and float(numbers[-1].replace(",", "")) == target
 
-    return Example(row["question"], answer.strip(), hint=re.sub(r"<<.*?>>", "", solution).strip(), name=name,
+    return Example(row["question"], answer.strip(), trace=re.sub(r"<<.*?>>", "", solution).strip(), name=name,
                    accepts=accepts, scores={"official": lambda given: float(accepts(given, 0.0))})
 
 

@@ -9,7 +9,7 @@ from reward import Example
 def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
     """Judge a held-out response.
 
-    *strict* wants the format, *official* takes whatever stands last, *any_format* the last word or number.
+    *accuracy* wants the format, *official* takes whatever stands last, *any_format* the last word or number.
     What needs visual facts is None without them.
     """
     verdict = reward.verify(response, example, finished, tolerance=0.05)
@@ -20,7 +20,7 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
     fault = reward.thinking_fault(response, example) if example.facts else None
     return {"name": example.name, "source": example.source, "question": example.question,
             "answer": example.answer, "response": response, "parsed": verdict.answer,
-            "strict": verdict.correct, "official": official, "scores": scores,
+            "accuracy": verdict.correct, "official": official, "scores": scores,
             "any_format": verdict.correct or reward.ends_in(response, example.answer),
             "in_format": verdict.in_format, "finished": finished,
             "thinking_fault": fault,
@@ -43,7 +43,7 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
     sources: dict[str, list[dict[str, Any]]] = {}
     for row in predictions:
         sources.setdefault(row["source"], []).append(row)
-    summary = {key: mean(key, predictions) for key in ("strict", "any_format", "official")}
+    summary = {key: mean(key, predictions) for key in ("accuracy", "any_format", "official")}
     if any(sources.keys() <= part for part in PARTS):
         by_part = {f"official_{name}": mean("official", rows) for name, rows in sorted(sources.items())}
         summary["official"] = sum(by_part.values()) / len(by_part)
@@ -58,14 +58,14 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
     summary["groundedness"] = grounded / quoted if quoted else None
     if len(sources) > 1:
         for name, rows in sources.items():
-            summary[f"strict_{name}"] = mean("strict", rows)
+            summary[f"accuracy_{name}"] = mean("accuracy", rows)
             summary[f"any_format_{name}"] = mean("any_format", rows)
     return summary | {"rows": len(predictions)}
 
 
 def one_line(summary: dict[str, Any]) -> str:
     """The averages that matter most, as text."""
-    text = f"held-out accuracy {summary['strict']:.3f}"
+    text = f"held-out accuracy {summary['accuracy']:.3f}"
     if summary["valid_thinking"] is not None:
         text += f", with valid thinking {summary['valid_thinking']:.3f}"
     return f"{text}, answers in the format {summary['in_format']:.3f}"

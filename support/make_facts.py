@@ -27,7 +27,7 @@ def main() -> None:
         example.image().save(picture := io.BytesIO(), "PNG")
         name = f"{hashlib.sha256(picture.getvalue()).hexdigest()[:16]}.png"
         (folder / name).write_bytes(picture.getvalue())
-        return {"question": example.question, "answer": example.answer, "hint": example.hint,
+        return {"question": example.question, "answer": example.answer, "trace": example.trace,
                 "image": f"{folder.name}/{name}", "facts": helper.see(picture.getvalue())}
     with supervision.Helper(args.helper_url, args.helper_model, key, folder=folder) as helper:
         helper.check_server()

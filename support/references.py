@@ -16,7 +16,7 @@ from support.errors import UserError
 class Trace:
     """A row of a trace file, but for its question and answer."""
 
-    hint: str
+    trace: str
     facts: str | None  # A-OKVQA's `visual_fact`
 
 
@@ -52,10 +52,10 @@ def join(examples: list[Example], file: str) -> list[Example]:
     for example in examples:
         found = traces.get(key(example.question, example.answer), set())
         if len(found) > 1:
-            found = {trace for trace in found if trace.hint == (example.hint or "").strip()}
+            found = {trace for trace in found if trace.trace == (example.trace or "").strip()}
         if len(found) == 1:
             trace = next(iter(found))
-            joined.append(replace(example, hint=trace.hint, facts=trace.facts or example.facts))
+            joined.append(replace(example, trace=trace.trace, facts=trace.facts or example.facts))
     if not joined:
         raise UserError(f"--hints {file}: has no trace for any row of --data (nor question and answer alike)")
     if parallel.is_main():
@@ -73,16 +73,16 @@ def check(examples: list[Example], policy: Any, length: Callable[[Example], int]
     limit = models.context(policy.model)
     kept, notes = [], {}
     for example in examples:
-        texts = f"{example.hint or ''}\n{example.answer}".lower()
+        texts = f"{example.trace or ''}\n{example.answer}".lower()
         for mark in filter(str.strip, (reward.FLAG, *ends)):
             if mark.lower() in texts:
                 what = f"hold {mark!r} in hint or answer, which ends a trace or a response early"
                 notes.setdefault(what, []).append(example.name)
         # To measure takes time, and few traces have more bytes than half of a context has tokens.
-        if len((example.hint or "").encode()) > limit / 2 and length(example) > limit:
+        if len((example.trace or "").encode()) > limit / 2 and length(example) > limit:
             what = f"have a trace that the context of {limit} tokens cannot hold, and keep their answer line alone"
             notes.setdefault(what, []).append(example.name)
-            example = replace(example, hint=None)
+            example = replace(example, trace=None)
         kept.append(example)
     for what, names in notes.items():
         if parallel.is_main():

@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 
 CURVES = (
-    Chart("Result", "Held-out accuracy", "share right and in the format, greedy", "strict", True, "share"),
+    Chart("Result", "Held-out accuracy", "share right and in the format, greedy", "accuracy", True, "share"),
     Chart("Result", "Valid thinking", "held-out: share right for the right reasons", "valid_thinking", True, "share"),
     Chart("Result", "Groundedness", "held-out: share of quoted numbers that are in the image; the axis does not "
           "start at 0", "groundedness", True, "top"),
@@ -58,7 +58,7 @@ CURVES = (
     Chart("Responses and optimisation", "Step time", "seconds", "seconds"),
 )
 STEP_KEYS = list(dict.fromkeys(chart.key for chart in CURVES if not chart.evaluated))
-SCORES = {"strict": "accuracy", "valid_thinking": "valid thinking", "in_format": "in format",
+SCORES = {"accuracy": "accuracy", "valid_thinking": "valid thinking", "in_format": "in format",
           "groundedness": "groundedness",
           "length": "length (tokens)"}
 POINTS, ANSWERS, PAGE_BYTES, TEXT_BYTES = 500, 40, 9e6, 7e6  # what keeps a page under 10 MB
@@ -156,7 +156,7 @@ def picture_address(cfg: dict[str, Any], split: str, name: str) -> str:
 def charts(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The charts for which any run has values, with one for each kind of question."""
     kinds = dict.fromkeys(kind for run in shown for kind in run["kinds"])
-    skills = [Chart("Kinds of question", f"Accuracy: {kind}", "held-out, greedy", f"strict_{kind}", True, "share")
+    skills = [Chart("Kinds of question", f"Accuracy: {kind}", "held-out, greedy", f"accuracy_{kind}", True, "share")
               for kind in kinds]
     place = next(i for i, chart in enumerate(CURVES) if chart.section != CURVES[0].section)
     return [chart._asdict() for chart in [*CURVES[:place], *skills, *CURVES[place:]]
@@ -179,7 +179,7 @@ def describe_run(name: str, run: Path, cfg: dict[str, Any], examples: dict[str, 
         elif group["mode"] == "exploration" and before:
             group["switched"], before["first"] = before["step"], True
     kinds = story.hardest_kinds(evaluations)
-    held_out = [*(chart.key for chart in CURVES if chart.evaluated), *(f"strict_{kind}" for kind in kinds)]
+    held_out = [*(chart.key for chart in CURVES if chart.evaluated), *(f"accuracy_{kind}" for kind in kinds)]
     # The steps of an epoch, where each step takes as many rows as the others.
     epoch = len(examples) / cfg["prompts"] if examples and cfg["mode"] in ("dyme", "grpo") else None
     return {"name": name, "mode": cfg["mode"], "data": cfg["data"], "steps": cfg["steps"], "epoch": epoch,
@@ -247,7 +247,7 @@ def describe_group(cfg: dict[str, Any], group: dict[str, Any], examples: dict[st
     """A row of `samples.jsonl`, with its texts marked and the choice of mode explained."""
     facts, question = group["facts"], group["question"]
     known = examples.get(group["name"])  # older runs do not hold kind and trace themselves
-    trace = group["trace"] if "trace" in group else known and known.hint
+    trace = group["trace"] if "trace" in group else known and known.trace
     source = group["source"] if "source" in group else known.source if known else ""
     responses = [r | {"text": mark(r["text"], facts, question)} for r in group["responses"]]
     return group | {"responses": responses, "source": source, "why": explain_mode(cfg, group),
@@ -374,7 +374,7 @@ def chosen_rows(columns: list[dict[str, Any]]) -> list[tuple[str, str]]:
     keys = shared_rows([column["answers"] for column in columns])
 
     def verdicts(key: tuple[str, str]) -> set[bool]:
-        return {bool(column["answers"][key]["strict"]) for column in columns if key in column["answers"]}
+        return {bool(column["answers"][key]["accuracy"]) for column in columns if key in column["answers"]}
 
     changed = rows.spread([key for key in keys if len(verdicts(key)) > 1], ANSWERS * 3 // 4)
     alike = rows.spread([key for key in keys if len(verdicts(key)) == 1], ANSWERS - len(changed))
@@ -414,7 +414,7 @@ def shared_rows(answers: list[dict[tuple[str, str], Any]]) -> list[tuple[str, st
 
 def answer_cell(answer: dict[str, Any], facts: str | None) -> dict[str, Any]:
     """A held-out answer as the page shows it."""
-    return {"text": mark(answer["response"][:3000], facts, answer["question"]), "r_a": answer["strict"],
+    return {"text": mark(answer["response"][:3000], facts, answer["question"]), "r_a": answer["accuracy"],
             "r_f": answer["in_format"], "finished": answer["finished"], "fault": answer.get("thinking_fault")}
 
 

@@ -77,13 +77,13 @@ def mend_rows(rows: list[Any], file: Any) -> list[Any]:
 
 
 def read_rows(path: Path, split: str) -> list[Example]:
-    """Read your own rows {question, answer, image?, hint?, facts?}: a tenth is held back as val, test is all.
+    """Read your own rows {question, answer, image?, trace?, facts?}: a tenth is held back as val, test is all.
 
     Raises UserError naming the file and the row that cannot be used.
     """
     found = parse_rows(path)
     if not found:
-        raise UserError(f"{path}: holds no list of rows {{question, answer, image?, hint?, facts?}}")
+        raise UserError(f"{path}: holds no list of rows {{question, answer, image?, trace?, facts?}}")
     examples, groups = [], []
     for i, row in enumerate(found, 1):
         name = f"{path} row {i}"
@@ -95,7 +95,7 @@ def read_rows(path: Path, split: str) -> list[Example]:
 
 
 # Unknown fields are ignored, but for those that are likely to stand for one that is read.
-SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "image", "hints": "hint", "trace": "hint",
+SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "image", "hints": "trace",
          "fact": "facts"}
 
 
@@ -105,13 +105,13 @@ def own_row(row: dict[str, Any], folder: Path, name: str) -> Example:
     for value in (question, answer):
         if not isinstance(value, str | int | float) or not str(value).strip():
             raise UserError(f"{name}: needs a non-empty `question` and `answer`")
-    if not all(isinstance(row.get(key), str | None) for key in ("image", "hint", "facts")):
-        raise UserError(f"{name}: `image`, `hint` and `facts` must be text where given")
+    if not all(isinstance(row.get(key), str | None) for key in ("image", "trace", "hint", "facts")):
+        raise UserError(f"{name}: `image`, `trace` (or `hint`) and `facts` must be text where given")
     for slip, key in SLIPS.items():
         if slip in row and key not in row:
             raise UserError(f"{name}: `{slip}` is not read; did you mean `{key}`?")
     opener = image_opener(folder / image, name) if image else None
-    return Example(str(question), str(answer).strip(), opener, row.get("hint") or None, row.get("facts"),
+    return Example(str(question), str(answer).strip(), opener, row.get("trace") or row.get("hint") or None, row.get("facts"),
                    name=name)
 
 

@@ -119,7 +119,7 @@ def fingerprint(examples: list[Example], held_out: list[Example]) -> dict[str, A
     found: dict[str, Any] = {}
     for name, part in (("training rows", examples), ("held-out rows", held_out)):
         found[name] = len(part)
-        for column in ("question", "answer", "hint", "facts", "image"):
+        for column in ("question", "answer", "trace", "facts", "image"):
             values = [getattr(example, column) for example in part]
             if column == "image":
                 values = [bool(value) for value in values]  # which rows have one: to read them all takes long
@@ -244,7 +244,7 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
                 print(f"  {when}: {verdict(said)}")
                 print(textwrap.indent(said["response"] or "(nothing)", "    "))
     print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
-    for name, key in (("right and in the format", "strict"), ("and with valid thinking", "valid_thinking"),
+    for name, key in (("right and in the format", "accuracy"), ("and with valid thinking", "valid_thinking"),
                       ("in the format", "in_format"), ("last word right, in any format", "any_format")):
         if None not in (before.get(key), after.get(key)):
             print(f"  {name:31} {before[key]:.3f} -> {after[key]:.3f}")
@@ -264,7 +264,7 @@ def chosen_rows(answers: list[dict[str, Any]], summary: dict[str, Any]) -> set[s
 
 def verdict(judged: dict[str, Any]) -> str:
     """A held-out response's answer and thinking, judged in words."""
-    answer = "answer right" if judged["strict"] else "answer wrong" if judged["in_format"] else "not in the format"
+    answer = "answer right" if judged["accuracy"] else "answer wrong" if judged["in_format"] else "not in the format"
     if judged.get("thinking_fault") is None:  # without facts, or of an older run
         return answer
     thinking = f"thinking false: {judged['thinking_fault']}" if judged["thinking_fault"] else "thinking valid"

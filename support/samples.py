@@ -25,7 +25,7 @@ def _group(step: int, done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
     # Neither explored nor memorized: it waits in the buffer of `--switch budget`.
     mode = MODES.get((bool(done.explore[p]), bool(targets)), "buffered")
     return {"step": step, "name": example.name, "source": example.source, "question": example.question,
-            "answer": example.answer, "facts": example.facts, "mode": mode, "trace": example.hint,
+            "answer": example.answer, "facts": example.facts, "mode": mode, "trace": example.trace,
             "target": target, "responses": _responses(done, p)}
 
 

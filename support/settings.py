@@ -173,7 +173,7 @@ def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) ->
         raise UserError(f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)")
     published = not cfg.data.endswith((".json", ".jsonl", "toy"))
     if cfg.hints and not published:
-        raise UserError("--hints belongs to published data sets; your own rows have a field `hint`")
+        raise UserError("--hints belongs to published data sets; your own rows have a field `trace`")
     if cfg.augmented and (not published or cfg.data.partition(":")[0] in domains.DOMAINS):
         raise UserError("--augmented belongs to ChartQA data")
     if cfg.model == "tiny" and cfg.data != "toy":

@@ -11,25 +11,25 @@ Group = dict[str, Any]  # a row of samples.jsonl, as `report.describe_group` ret
 
 def headline(shown: list[dict[str, Any]]) -> str:
     """Say what happened in runs (of `report.describe_run`): from where to where, and which kind was hardest."""
-    done = [run for run in shown if len(run["rows"]) > 1 and run["rows"][-1].get("strict") is not None]
+    done = [run for run in shown if len(run["rows"]) > 1 and run["rows"][-1].get("accuracy") is not None]
     if not done:
         return "No run has been evaluated after its start yet."
-    done.sort(key=lambda run: -run["rows"][-1]["strict"])
+    done.sort(key=lambda run: -run["rows"][-1]["accuracy"])
     best, lowest = done[0], done[-1]
     kind = next(iter(hardest_kinds(best["rows"])), None)
     first, last = best["rows"][0], best["rows"][-1]
     text = (f"In {last['step']} steps of {MODE_NAMES[best['mode']]}, accuracy on held-out questions went from "
-            f"{first['strict']:.2f} to {last['strict']:.2f}")
+            f"{first['accuracy']:.2f} to {last['accuracy']:.2f}")
     if best is not lowest:
         text = f"Of {len(done)} runs, {best['name']} ends highest: " + text[0].lower() + text[1:]
-        text += f" (lowest: {lowest['name']}, {lowest['rows'][-1]['strict']:.2f})"
+        text += f" (lowest: {lowest['name']}, {lowest['rows'][-1]['accuracy']:.2f})"
     if kind:
-        key = f"strict_{kind}"
+        key = f"accuracy_{kind}"
         text += f"; on “{kind}”, where its base was worst, from {first[key]:.2f} to {last[key]:.2f}"
         if best is not lowest and lowest["rows"][-1].get(key) is not None:
             text += f" ({lowest['name']}: {lowest['rows'][-1][key]:.2f})"
     text += "."
-    if first.get("any_format") is not None and first["any_format"] - first["strict"] > 0.01:
+    if first.get("any_format") is not None and first["any_format"] - first["accuracy"] > 0.01:
         text += f" (Counting the last word of whatever it says, the base was right in {first['any_format']:.2f}.)"
     if last.get("valid_thinking") is not None:
         text += f" Right with valid thinking: {last['valid_thinking']:.2f}."
@@ -49,10 +49,10 @@ def memorizing(run: dict[str, Any]) -> str:
 def hardest_kinds(evaluations: list[dict[str, Any]]) -> list[str]:
     """The kinds of question (sources), the one that the base was worst at first."""
     first = evaluations[0] if evaluations else {}
-    kinds = [key.removeprefix("strict_") for key, value in first.items()
-             if key.startswith("strict_") and value is not None]
+    kinds = [key.removeprefix("accuracy_") for key, value in first.items()
+             if key.startswith("accuracy_") and value is not None]
     # In any format, where that is known: a base may be wrong in its form alone.
-    return sorted(kinds, key=lambda kind: first.get(f"any_format_{kind}", first[f"strict_{kind}"]))
+    return sorted(kinds, key=lambda kind: first.get(f"any_format_{kind}", first[f"accuracy_{kind}"]))
 
 
 # ---- The prompt ----------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def tell(cfg: dict[str, Any], groups: list[Group], evaluations: list[dict[str, A
     for number, chapter in enumerate(chapters, 1):
         chapter["title"] = f"{number}. {chapter['title']}"
     kind, closing = visits[0]["source"], [choice]
-    curve = [(row["step"], row[f"strict_{kind}"]) for row in evaluations if row.get(f"strict_{kind}") is not None]
+    curve = [(row["step"], row[f"accuracy_{kind}"]) for row in evaluations if row.get(f"accuracy_{kind}") is not None]
     if len(curve) > 1:
         values = ", ".join(f"{value:.2f} at step {step}" for step, value in curve)
         closing.insert(0, f"Accuracy on held-out questions of this kind, in the course of the run: {values}.")
@@ -137,7 +137,7 @@ def lead(cfg: dict[str, Any], visits: list[Group], evaluations: list[dict[str, A
     text = ""
     if group["source"] in kinds:
         base = evaluations[0]
-        value = base.get(f"any_format_{group['source']}", base[f"strict_{group['source']}"])
+        value = base.get(f"any_format_{group['source']}", base[f"accuracy_{group['source']}"])
         place = kinds.index(group["source"]) + 1
         hard = "the hardest" if place == 1 else f"number {place} by difficulty"
         text = (f"Of {len(kinds)} kinds of question, “{group['source']}” was {hard} for the base: {value:.2f} of the "

@@ -247,9 +247,9 @@ class Helper:
 
     def facts(self, example: Example) -> str:
         """The visual facts I_c: the row's own, else extracted from its trace; empty if there are none."""
-        if example.facts or not example.hint:
+        if example.facts or not example.trace:
             return example.facts or ""
-        return self.ask(FACTS_REQUEST.format(trace=example.hint), FACTS_TOKENS) or ""
+        return self.ask(FACTS_REQUEST.format(trace=example.trace), FACTS_TOKENS) or ""
 
     def see(self, png: bytes) -> str | None:
         """The visual facts of an image, from a helper that can see; None if there are none to be had."""
@@ -279,13 +279,13 @@ class Helper:
         """The refiner: a rewritten trace, if it parses and ends in the right answer, else the static one."""
         facts = self.facts(example)
         if not facts:  # a trace would be invented
-            return example.hint
+            return example.trace
         request = REFINE_REQUEST.format(style=self.style(), facts=facts, question=example.question,
-                                        answer=example.answer, trace=example.hint or "none")
+                                        answer=example.answer, trace=example.trace or "none")
         reply = self.ask(request, TRACE_TOKENS) or ""
         thinking = split_response(reply)[0]
         right = bool(thinking) and verify(reply, example, finished=True).correct
-        return thinking if right else example.hint
+        return thinking if right else example.trace
 
     def fits(self, example: Example) -> bool:
         """Can this be memorized: no longer than a response may get, and no special token in it?"""
@@ -307,7 +307,7 @@ class Helper:
             traces = self.map(self.refine, [(examples[p],) for p in chosen])
             examples = list(examples)
             for p, trace in zip(chosen, traces, strict=True):
-                refined = replace(examples[p], hint=trace)
+                refined = replace(examples[p], trace=trace)
                 # Else the static trace stays: what no response has room for is not worth learning.
                 if self.fits(refined):
                     examples[p] = refined

@@ -202,7 +202,7 @@ def test_exercise_05_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) ->
         check_counting_example(example, row)
         given = f"a row with the count {count}, answered {said!r}:"
         judged = answer(judging.judge, example, f"I think.\nAnswer: {said}", True, given=given)
-        if judged["strict"] != right:
+        if judged["accuracy"] != right:
             refuse(f"{given} expected {'right' if right else 'wrong'} as a reward (`accepts`), got the opposite")
         if judged["official"] != right:
             refuse(f"{given} expected the official score {float(right)} (`scores`), "
@@ -216,8 +216,8 @@ def check_counting_example(example: Any, row: Row) -> None:
         refuse(f"{given} expected an Example, got {example!r:.200}")
     if not isinstance(example.answer, str):
         refuse(f"{given} expected a string as answer, got {example.answer!r}")
-    if (example.question, example.hint) != (row["ask"], row["why"]):
-        refuse(f"{given} expected its question and its trace, got {example.question!r} and {example.hint!r}")
+    if (example.question, example.trace) != (row["ask"], row["why"]):
+        refuse(f"{given} expected its question and its trace, got {example.question!r} and {example.trace!r}")
     if not callable(example.image) or answer(example.image, given=f"{given} its image").size != (8, 8):
         refuse(f"{given} expected a function that opens pictures/1.png as `image`, got {example.image!r:.200}")
     if not reward.verify(reward.reference_response(example), example).correct:
@@ -305,7 +305,7 @@ def test_exercise_09_hack_the_thinking_reward() -> None:
         text = answer(hack, example.question, given=f"hack({example.question!r})")
         if not isinstance(text, str):
             refuse(f"hack({example.question!r}): expected a text, got {text!r:.200}")
-        rewards.append((reward.thinking_f1(text, example.hint), example.question, text))
+        rewards.append((reward.thinking_f1(text, example.trace), example.question, text))
     mean = sum(r for r, _, _ in rewards) / len(rewards)
     if mean < 0.65:
         r, question, text = min(rewards)
@@ -315,19 +315,19 @@ def test_exercise_09_hack_the_thinking_reward() -> None:
 
 def cheats(i: int, low: list[Example], true: list[Example], hack: Callable[[str], str]) -> Iterable[tuple[str, str]]:
     """Traces for chart `i` that are no thinking: what is wrong with each, and the text."""
-    trace, answer_line = true[i].hint, true[i].hint.splitlines()[-1]
+    trace, answer_line = true[i].trace, true[i].trace.splitlines()[-1]
     yield "nothing", ""
     yield "the answer alone", answer_line
     yield "the words backwards", " ".join(trace.split()[::-1])
     yield "the same three times over", "\n".join([trace] * 3)
-    if low[i].hint != trace:
-        yield "the reference, whose values are not in the image", low[i].hint
+    if low[i].trace != trace:
+        yield "the reference, whose values are not in the image", low[i].trace
     swapped = re.sub(r"(\d) ([-+]) (\d)", lambda m: f"{m[1]} {'-' if m[2] == '+' else '+'} {m[3]}", trace)
     if swapped != trace:
         yield "a false equation", swapped
     other = next(e for e in itertools.islice(itertools.cycle(true), i + 1, None)
                  if e.source == true[i].source and e.answer != true[i].answer)
-    yield "another chart's thinking", other.hint
+    yield "another chart's thinking", other.trace
     yield "your own hack", answer(hack, true[i].question, given=f"hack({true[i].question!r})")
 
 
@@ -337,7 +337,7 @@ def test_exercise_09_mend_the_thinking_reward() -> None:
     low, true = toy.make_examples("train", "low")[:60], toy.make_examples("train", "high")[:60]
     for i, example in enumerate(low):
         chart = f"the chart {example.facts} and {example.question!r}"
-        best = answer(mended, true[i].hint, example, given=f"mended, for {chart},")
+        best = answer(mended, true[i].trace, example, given=f"mended, for {chart},")
         for fault, trace in cheats(i, low, true, hack):
             if not reward.thinking_fault(f"{trace}\nAnswer: {example.answer}", example) and fault == "your own hack":
                 continue  # it happens to be true of this chart
@@ -394,7 +394,7 @@ WRONG = {  # what is at hand and does not solve the exercise, and a word of the 
     "twins": (lambda rows: [], r"expected \[\(0, 0, 1\)"),
     "clipped_loss": (lambda x, old, mask, weights, explore, clip: dyme.policy_loss(x, mask, weights, explore), "gradient"),
     "hack": (lambda question: question, "at least 0.65, got"),
-    "mended": (lambda trace, example: reward.thinking_f1(trace, example.hint), "at least 0.2 less"),
+    "mended": (lambda trace, example: reward.thinking_f1(trace, example.trace), "at least 0.2 less"),
     "will_learn": (lambda base: [kind for kind in base if base[kind]["any_format"] > 0.9], "GRPO learned"),
 }
 

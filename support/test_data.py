@@ -81,7 +81,7 @@ def test_a_photo_is_upright_and_broken_notes_cost_nothing(tmp_path: Path) -> Non
 
 def test_a_field_that_is_likely_a_slip_is_named(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "image_id": 3}
-    for slip, meant in (("img", "image"), ("hints", "hint"), ("fact", "facts")):
+    for slip, meant in (("img", "image"), ("hints", "trace"), ("fact", "facts")):
         (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"q{i}", slip: "x"}) for i in range(3)))
         with pytest.raises(UserError, match=f"row 1: `{slip}` is not read; did you mean `{meant}`"):
             data.load_data(str(tmp_path / "rows.jsonl"), "train")
@@ -95,7 +95,7 @@ def test_half_a_character_is_replaced_and_its_row_named(runs: Path, capsys: Capt
     found[4] |= {"question": "What \ud83d?", "hint": "Half \udc00."}
     (runs / "rows.json").write_text(json.dumps(found))  # JSON writes them as \ud83d
     examples = rows.read_rows(runs / "rows.json", "test")
-    assert examples[4].question == "What \ufffd?" and examples[4].hint == "Half \ufffd." and smile in examples[5].hint
+    assert examples[4].question == "What \ufffd?" and examples[4].trace == "Half \ufffd." and smile in examples[5].trace
     assert "rows.json: 1 rows hold half a character" in (said := capsys.readouterr().out) and "the first is row 5" in said
     flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json"), "--steps", "2", "--mode", "sft"]
     assert run(runs, "a", *flags) == 0 == run(runs, "a", "--resume")
@@ -169,7 +169,7 @@ def test_aokvqa_has_two_named_scores_and_the_releases_target(tmp_path: Path) -> 
     examples.sort(key=lambda e: int(re.search(r"\d+", e.question)[0]))
     with_choices, without = (next(e for e in examples if e.question == f"What {i}?") for i in (1, 3))
     # The correct choice and the longest rationale; without choices, the commonest answer.
-    assert (with_choices.answer, without.answer, with_choices.hint) == ("dog", "hound", "It is a dog.")
+    assert (with_choices.answer, without.answer, with_choices.trace) == ("dog", "hound", "It is a dog.")
     judged = [judging.judge(e, "Answer: Dog.", True) | {"length": 1} for e in (with_choices, without)]
     assert judged[0]["official"] == pytest.approx(2 / 3) and judged[0]["scores"] == {"any_match": 1.0, "multiple_choice": 1.0}
     judged.append(judging.judge(without, "Answer: cat", True) | {"length": 1})
@@ -231,7 +231,7 @@ def test_hints_leave_out_training_rows_without_a_trace(tmp_path: Path, capsys: C
              {"question": "Total in 2020? (2)", "answer": "8", "hint": "Wrong."}]
     (tmp_path / "hints.json").write_text(json.dumps(hints))
     train = data.load_data(str(root), "train", hints=str(tmp_path / "hints.json"))
-    assert [(e.hint, e.facts) for e in train] == [("Look.", "2019: Total = 5\n2020: Total = 7")]
+    assert [(e.trace, e.facts) for e in train] == [("Look.", "2019: Total = 5\n2020: Total = 7")]
     assert "1 training rows have a trace; the other 5 are left out" in capsys.readouterr().out
     assert len(data.load_data(str(root), "val", hints=str(tmp_path / "hints.json"))) == 12  # all are held out
     assert len(data.load_data(str(root), "train")) == 6
@@ -251,14 +251,14 @@ def test_traces_of_aokvqa_bring_facts_and_those_of_gsm8k_lose_their_marks(tmp_pa
     source = write_aokvqa(tmp_path, found)
     examples = data.load_data(source, "train") + data.load_data(source, "val")
     joined = references.join(examples, str(tmp_path / "hints.json"))
-    assert {(e.question, e.hint, e.facts) for e in joined} == {
+    assert {(e.question, e.trace, e.facts) for e in joined} == {
         ("What?", "A dog it is.", '{"description": "A dog it is."}'), ("What 4?", "So.", None)}
     row = {"question": "How many?", "answer": "2+3=<<2+3=5>>5.\n#### 1,500"}
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"question": f"{i}?"}) for i in range(12)))
     hints = [{"question": f"{i}?", "answer": "1500", "hint": "Add: 2+3=<<2+3=5>>5.\n#### 1500"} for i in range(12)]
     (tmp_path / "hints.json").write_text(json.dumps(hints))
     train = data.load_data(f"gsm8k:{tmp_path}", "train", hints=str(tmp_path / "hints.json"))
-    assert len(train) == 11 and {e.hint for e in train} == {"Add: 2+3=5."}
+    assert len(train) == 11 and {e.trace for e in train} == {"Add: 2+3=5."}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -267,7 +267,7 @@ def test_released_traces_join_rows_of_their_form(tmp_path: Path) -> None:
     hints = json.loads(file.read_text())
     examples = [Example(row["question"], row["answer"]) for row in hints]
     joined = references.join([*examples, Example("Another?", "7")], str(file))
-    assert [e.hint for e in joined] == [row["hint"] for row in hints]
+    assert [e.trace for e in joined] == [row["hint"] for row in hints]
 
 
 def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
@@ -277,10 +277,10 @@ def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
     found[3]["hint"] = "red 3, " * 60  # half of the context has fewer tokens than this has bytes, but it fits
     found[4]["hint"], found[5]["answer"] = "So.\nANSWER: red", "Answer: red"
     found[6]["hint"] = "It ends<end_of_utterance> here."
-    examples = [Example(row["question"], row["answer"], hint=row["hint"], name=f"row {i}") for i, row in enumerate(found)]
+    examples = [Example(row["question"], row["answer"], trace=row["hint"], name=f"row {i}") for i, row in enumerate(found)]
     checked = references.check(examples, tiny, lambda example: dyme.full_length(tiny, example))
     said = capsys.readouterr().out.splitlines()
-    assert checked[2].hint is None and reference_response(checked[2]) == "Answer: red"
+    assert checked[2].trace is None and reference_response(checked[2]) == "Answer: red"
     assert [a for a, b in zip(checked, examples, strict=True) if a != b] == [checked[2]]
     assert len(said) == 3 and "2 training rows hold 'Answer:'" in said[1] and said[1].endswith("the first is row 4")
     assert "context of 512" in said[0] and said[0].endswith("row 2") and said[2].endswith("row 6")

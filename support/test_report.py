@@ -33,7 +33,7 @@ def test_samples_follow_one_prompt_in_32_and_keep_what_r_t_compares_with() -> No
     assert 40 < len(followed) < 90
 
     def kept(*batch: str) -> list[Row]:
-        examples = [Example("Q", "7", hint=f"trace of {name}", source="sum", name=name) for name in batch]
+        examples = [Example("Q", "7", trace=f"trace of {name}", source="sum", name=name) for name in batch]
         sequences = [SimpleNamespace(prompt=p, ids=[p], explore=False) for p in range(1, len(batch))]
         done = SimpleNamespace(examples=examples, groups=None, sequences=sequences,
                                explore=torch.tensor([True] + [False] * (len(batch) - 1)))
@@ -52,7 +52,7 @@ def test_older_samples_get_kind_and_trace_from_the_data(runs: Path) -> None:
     examples = {example.name: example for example in toy.make_examples("train")}
     old = group_row(1, "toy train row 1", 2)
     shown = report.describe_group(cfg, old, examples)
-    assert shown["source"] == "sum" and "".join(text for text, _ in shown["trace"]) == examples[old["name"]].hint
+    assert shown["source"] == "sum" and "".join(text for text, _ in shown["trace"]) == examples[old["name"]].trace
     assert report.describe_group(cfg, old, {})["trace"] is None  # data not at hand
     assert report.describe_group(cfg, old | {"trace": "red 4", "source": "x"}, examples)["trace"] == [["red ", ""], ["4", "yes"]]
 
@@ -66,7 +66,7 @@ def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture)
     shutil.copytree(runs / "b", runs / "shorter")
     (runs / "shorter" / "metrics.jsonl").write_text((runs / "b" / "metrics.jsonl").read_text().splitlines()[0] + "\n")
     for folder, score, spent in (("a", 0.2, 60), ("b", 0.6, 120)):
-        (runs / folder / "evaluations.jsonl").write_text(json.dumps({"step": 2, "strict": score, "rows": 8}) + "\n")
+        (runs / folder / "evaluations.jsonl").write_text(json.dumps({"step": 2, "accuracy": score, "rows": 8}) + "\n")
         rows = [{"step": step, "seconds_update": spent} for step in range(2)]
         (runs / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = ["a", "copy", "b", "shorter"]
@@ -77,11 +77,11 @@ def test_runs_are_pooled_if_only_their_seeds_differ(runs: Path, capsys: Capture)
     assert table[0][:2] == ["a", "0.200"] and table[0][6:] == ["2.000", "dyme", "0", "2", "2", "8"] and len(table) == 4
     assert table[3][0].endswith("2 seeds like a") and table[3][1] == "0.400 (0.200 – 0.600)"
     assert table[3][6] == "3.000 (2.000 – 4.000)" and table[3][2] == "–"
-    evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "strict": i / 10, "official": 0.5,
+    evaluation.print_table([{"model": n, "mode": "dyme", "seed": cfg["seed"], "rows": 8, "accuracy": i / 10, "official": 0.5,
                              "setting": run_folders.pooling_key(path, cfg, settings.CHANGEABLE_ON_RESUME)} for i, (n, (path, cfg)) in
                             enumerate(zip(names, found, strict=True))])
     out = capsys.readouterr().out
-    assert "strict, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out and out.count("strict, ") == 1  # the copy for a
+    assert "accuracy, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out and out.count("accuracy, ") == 1  # the copy for a
 
 
 PROBE = """<script>{
@@ -233,7 +233,7 @@ def test_the_report_gives_the_reason_of_each_rule(switch: str, right: int, mode:
 
 def test_before_and_after_shows_what_changed_first() -> None:
     def column(right: set[int]) -> Row:
-        return {"answers": {(f"row {i}", "Q"): {"strict": i in right} for i in range(200)}}
+        return {"answers": {(f"row {i}", "Q"): {"accuracy": i in right} for i in range(200)}}
 
     changed = {*range(100, 180)}
     chosen = [int(name.split()[1]) for name, _ in report.chosen_rows([column(set()), column(changed)])]
@@ -281,9 +281,9 @@ def test_the_report_works_in_a_browser(reported: Path, width: int) -> None:
 def told(*groups: Row, mode: str = "dyme", **more: Any) -> Row | None:
     """The story of a run of such groups, whose base was worst at sums, then at differences."""
     cfg = dataclasses.asdict(Config(mode=mode, **more))
-    rows = [{"step": 0, "strict_sum": 0.0, "any_format_sum": 0.0, "strict_tallest": 0.0, "any_format_tallest": 0.9,
-             "strict_difference": 0.0, "any_format_difference": 0.25},
-            {"step": 9, "strict_sum": 0.5, "strict_tallest": 1.0, "strict_difference": 1.0}]
+    rows = [{"step": 0, "accuracy_sum": 0.0, "any_format_sum": 0.0, "accuracy_tallest": 0.0, "any_format_tallest": 0.9,
+             "accuracy_difference": 0.0, "any_format_difference": 0.25},
+            {"step": 9, "accuracy_sum": 0.5, "accuracy_tallest": 1.0, "accuracy_difference": 1.0}]
     return story.tell(cfg, [report.describe_group(cfg, group, {}) for group in groups], rows)
 
 
@@ -371,8 +371,8 @@ def test_the_story_looks_at_the_same_prompt_in_other_runs() -> None:
 
 def test_the_headline_is_what_happened() -> None:
     def shown(name: str, mode: str, *strict: float) -> Row:
-        rows = [{"step": 75 * i, "strict": value, "any_format": 0.6, "valid_thinking": value / 2, "strict_sum": value / 4,
-                 "any_format_sum": 0.1, "strict_value": 1.0, "any_format_value": 1.0} for i, value in enumerate(strict)]
+        rows = [{"step": 75 * i, "accuracy": value, "any_format": 0.6, "valid_thinking": value / 2, "accuracy_sum": value / 4,
+                 "any_format_sum": 0.1, "accuracy_value": 1.0, "any_format_value": 1.0} for i, value in enumerate(strict)]
         return {"name": name, "mode": mode, "rows": rows, "metrics": {"memorized": [0.8, 0.6] + [0.5] * 16 + [0.2, 0.0]}}
 
     assert "not been evaluated" not in story.headline([shown("a", "dyme", 0.0, 0.8)])

@@ -125,7 +125,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path: Path, 
     (lambda rows: [row for row in rows if " 5 " not in row["question"]], "training rows: 18 then, 17 now"),
     (lambda rows: [row | {"answer": "blue"} for row in rows], "answer of training rows; answer of held-out rows"),
     (lambda rows: rows[::-1], "question of training rows"),
-    (lambda rows: [row | {"hint": "Think."} for row in rows], "hint of training rows"),
+    (lambda rows: [row | {"hint": "Think."} for row in rows], "trace of training rows"),
 ])
 def test_a_run_does_not_go_on_with_other_rows(runs: Path, capsys: Capture, change: Callable[[list[Row]], list[Row]], says: str) -> None:
     rows = [{"question": f"Which bar {i} is the tallest?", "answer": "red"} for i in range(19)]

@@ -53,7 +53,7 @@ def test_traces_from_tables_quote_the_cells_and_explain_the_answer() -> None:
 def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
     train, val, test = (toy.make_examples(split) for split in ("train", "val", "test"))
     assert len(train) == 2048 and len(val) == 512 and len(test) == 1024
-    assert [e.hint for e in train] == [e.hint for e in toy.make_examples("train")]
+    assert [e.trace for e in train] == [e.trace for e in toy.make_examples("train")]
     facts = [{e.facts for e in split} for split in (train, val, test)]
     assert [len(f) for f in facts] == [len(train), len(val), len(test)] and len(set.union(*facts)) == sum(map(len, facts))
     lessons = list(toy.lessons(0, 3400, 0.0, dyme.PROMPT))
@@ -70,7 +70,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
     summary = judging.summarise(dyme.respond(policy, examples[:100], 48, 100))
     known = [summary[f"any_format_{kind}"] for kind in toy.KNOWN_KINDS]
     lacking = [summary[f"any_format_{kind}"] for kind in ("sum", "difference")]
-    assert min(known) >= 0.95 and max(lacking) <= 0.1 and summary["strict"] <= 0.1
+    assert min(known) >= 0.95 and max(lacking) <= 0.1 and summary["accuracy"] <= 0.1
 
 
 def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
@@ -88,7 +88,7 @@ def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch, 
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.35), ("low", 0.7)])
 def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces: str, share: float) -> None:
     examples = toy.make_examples("train", traces)
-    pseudo = sum(reward.groundedness(e.hint, e.facts)[0] < reward.groundedness(e.hint, e.facts)[1] for e in examples)
+    pseudo = sum(reward.groundedness(e.trace, e.facts)[0] < reward.groundedness(e.trace, e.facts)[1] for e in examples)
     assert pseudo / len(examples) == pytest.approx(share, abs=0.06)
     assert all(verify(reward.reference_response(e), e).correct for e in examples)
 
@@ -127,10 +127,10 @@ def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path: Path, capsys: Captu
         local, zipped = (data.load_data(str(source), split) for source in (tmp_path, archive))
         assert len(local) == len(zipped) == count
         for a, b in zip(local, zipped, strict=True):
-            assert (a.question, a.answer, a.hint, a.facts, a.source) == (b.question, b.answer, b.hint, b.facts, b.source)
+            assert (a.question, a.answer, a.trace, a.facts, a.source) == (b.question, b.answer, b.trace, b.facts, b.source)
             assert np.array_equal(np.array(a.image()), np.array(b.image()))
     assert len(data.load_data(str(archive), "train", augmented=True)) == 12
-    assert "2020 (Total) = 7" in local[0].hint and {e.source for e in local} == {"human", "augmented"}
+    assert "2020 (Total) = 7" in local[0].trace and {e.source for e in local} == {"human", "augmented"}
 
 
 def test_chartqa_without_val_holds_images_back(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_own_rows_and_what_is_wrong_with_them(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     train, val, test = (data.load_data(str(path), split) for split in ("train", "val", "test"))
     assert len(train) + len(val) == len(test) == 12 and val and test[3].answer == "3" and test[0].image().mode == "RGB"
-    assert all(e.hint == "h" for e in test)
+    assert all(e.trace == "h" for e in test)
     sides = [sum(e.image is not None for e in split) for split in (train, val)]
     assert sorted(sides) == [0, 2]  # rows of one image stay together
     for bad, says in [("[]", "no list of rows"), ('[{"question": "q"}]', "row 1"), ("{", "cannot be read"),
@@ -189,9 +189,9 @@ def test_real_charts_and_released_traces(capsys: Capture) -> None:
     sample = str(SHARED / "chartqa-sample")
     rows = [e for split in ("train", "val", "test") for e in data.load_data(sample, split, augmented=True)]
     assert len(rows) == 16 + 40 + 5 + 12 + 52 + 25 and all(e.image().size[0] > 64 for e in rows[:5])
-    assert sum(bool(e.hint) for e in rows) > 140 and len({e.hint for e in rows}) > 100
+    assert sum(bool(e.trace) for e in rows) > 140 and len({e.trace for e in rows}) > 100
     hints = references.read(str(SHARED / "text-samples" / "dyme_chartqa_train_medium_24.json"))
-    assert len(hints) == 24 and all(trace.hint.startswith("Goal:") for found in hints.values() for trace in found)
+    assert len(hints) == 24 and all(trace.trace.startswith("Goal:") for found in hints.values() for trace in found)
 
 
 # ---- Domains --------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_aokvqa(tmp_path: Path) -> None:
     (tmp_path / "aokvqa_v1p0_train.json").write_text(json.dumps([dict(row, question=f"What {i}?") for i in range(12)]))
     write_image(tmp_path / "train2017" / "000000000007.jpg")
     train, val = (data.load_data(f"aokvqa:{tmp_path}", split) for split in ("train", "val"))
-    assert len(train) + len(val) == 12 and len(val) == 1 and train[0].hint == "It is a dog." and train[0].answer == "dog"
+    assert len(train) + len(val) == 12 and len(val) == 1 and train[0].trace == "It is a dog." and train[0].answer == "dog"
     assert train[0].image().size == (8, 8)
     assert answered(train[0], "dog") == (True, 1.0, True) and answered(train[0], "Puppy.") == (True, 2 / 3, False)
     assert answered(train[0], "cat") == (False, 0.0, False)
@@ -252,7 +252,7 @@ def test_geometry(tmp_path: Path) -> None:
     (tmp_path / "qa_tuning.json").write_text(json.dumps(rows))
     write_image(tmp_path / "images" / "g" / "1.png")
     example = data.load_data(f"geo170k:{tmp_path}", "train")[0]
-    assert example.question.startswith("What is angle") and "B: 60" in example.question and example.hint == "It is alternate."
+    assert example.question.startswith("What is angle") and "B: 60" in example.question and example.trace == "It is alternate."
     for answer, right in (("B", 1), ("(B)", 1), ("B: 60\u00b0", 1), ("60", 1), ("60 degrees", 1), ("A", 0), ("40", 0), ("A: 60", 0)):
         assert answered(example, answer)[:2] == (bool(right), right)
     test = {"sample_index": "1", "question": "Find x.", "answer": "12 cm", "image": "g/1.png", "question_type": "free-form"}
@@ -267,7 +267,7 @@ def test_gsm8k_and_bad_rows(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "She has 2+3=<<2+3=5>>5.\nThen 5*300=<<5*300=1500>>1500.\n#### 1,500"}
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(dict(row, question=f"{i}?")) for i in range(12)))
     example = data.load_data(f"gsm8k:{tmp_path}", "train")[0]
-    assert example.hint == "She has 2+3=5.\nThen 5*300=1500." and example.image is None
+    assert example.trace == "She has 2+3=5.\nThen 5*300=1500." and example.image is None
     assert answered(example, "in 2 weeks 1,500")[0]
     assert answered(example, "$1,500 dollars")[:2] == (True, 1.0) and not answered(example, "150")[0]
     assert reward.reference_response(example).endswith("Answer: 1,500") and answered(example, "1,500")[0]
@@ -282,13 +282,13 @@ def test_gsm8k_and_bad_rows(tmp_path: Path) -> None:
 def test_published_rows_of_gsm8k_and_aokvqa(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = data.load_data(f"gsm8k:{SHARED / 'text-samples'}", split)
-        assert all(verify(reward.reference_response(e), e, True).correct and "<<" not in e.hint for e in rows)
+        assert all(verify(reward.reference_response(e), e, True).correct and "<<" not in e.trace for e in rows)
     source = json.loads((SHARED / "text-samples" / "aokvqa_v1p0_val_40.json").read_text())
     (tmp_path / "aokvqa_v1p0_val.json").write_text(json.dumps(source))
     for row in source:
         write_image(tmp_path / "val2017" / f"{row['image_id']:012}.jpg")
     rows = data.load_data(f"aokvqa:{tmp_path}", "test")
-    assert len(rows) == 40 and all(answered(e, e.answer)[0] and e.hint for e in rows)
+    assert len(rows) == 40 and all(answered(e, e.answer)[0] and e.trace for e in rows)
 
 
 def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
@@ -299,7 +299,7 @@ def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[E
     settings = TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": 3, "pad_token_id": 0}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
-    rows = [{"question": e.question, "answer": e.answer, "hint": e.hint} for e in examples[:12]]
+    rows = [{"question": e.question, "answer": e.answer, "hint": e.trace} for e in examples[:12]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     flags = ["--model", str(tmp_path / "llm"), "--data", str(tmp_path / "rows.json"), "--steps", "2", "--prompts", "2",
              "--generations", "2", "--max-new-tokens", "6", "--out", str(tmp_path / "run")]
@@ -344,7 +344,7 @@ def test_budget_explores_and_memorizes_failures_when_there_are_enough(
         assert logged["memorized"] == memorized and len(trainer.buffer) == waiting
         assert group["mode"] == "exploration"  # failed groups explore as well
     assert trainer.buffer[0].name == examples[9].name
-    trainer.buffer[0] = dataclasses.replace(trainer.buffer[0], hint="refined")
+    trainer.buffer[0] = dataclasses.replace(trainer.buffer[0], trace="refined")
     trainer.failures, trainer.helper = 1, SimpleNamespace(examples=["pool"])
     dyme.save_checkpoint(tmp_path, trainer, 3)
     again = make_trainer(tiny, CORRECT, switch="budget:2")
@@ -374,7 +374,7 @@ def test_tensorboard_gets_every_number_or_says_what_is_missing(runs: Path, monke
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     assert run(runs, "b", "--steps", "2", "--tensorboard") == 0
     rows = files.read_jsonl(runs / "b" / "metrics.jsonl")
-    assert ("metrics/loss", rows[1]["loss"], 1) in written and ("evaluations/strict", 0.0, 2) in written
+    assert ("metrics/loss", rows[1]["loss"], 1) in written and ("evaluations/accuracy", 0.0, 2) in written
     assert not any(name.endswith(("method", "step")) for name, *_ in written)
 
 
@@ -666,7 +666,7 @@ def test_help_knows_every_flag_and_the_readmes_name_nothing_else(runs: Path, cap
     assert all(f"{flag} " in shown for flag in flags)
     assert run(runs, "a", "--steps", "1") == 0
     assert all(f"`{key}`" in readme for key in files.read_jsonl(runs / "a" / "metrics.jsonl")[0])  # the glossary
-    assert {"strict", "any_format", "valid_thinking", "in_format", "groundedness", "strict_sum"} <= set(
+    assert {"accuracy", "any_format", "valid_thinking", "in_format", "groundedness", "accuracy_sum"} <= set(
         files.read_jsonl(runs / "a" / "evaluations.jsonl")[0])
     mentioned = set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help", "--nproc", "--logdir"}  # of other programs
     code = (here / "eval.py").read_text() + (here / "support" / "make_facts.py").read_text()

@@ -114,9 +114,9 @@ def make_examples(split: str, traces: str = "low") -> list[Example]:
         if rng.random() < UNGROUNDED[traces]:
             drawn = [dict(zip(bars, v, strict=True)) for v in itertools.permutations(absent, len(bars))]
             quoted = next((d for d in drawn if answer_to(kind, bars, d) == answer), drawn[0])
-        hint = trace(goal, bars, quoted, working, answer)
+        written = trace(goal, bars, quoted, working, answer)
         name = f"toy {split} row {i}"
-        examples.append(Example(question, answer, chart.draw, hint, chart.facts(), kind, name))
+        examples.append(Example(question, answer, chart.draw, written, chart.facts(), kind, name))
     return examples
 
 
