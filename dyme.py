@@ -35,10 +35,29 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import ablations, attention, cache, feed, files, graphs, judging, memory, metrics
-from support import models, onednn, parallel, references, rows, runs, samples, settings
-from support import supervision, vision
-from support.errors import DivergedError, UserError
+from support import (
+    DivergedError,
+    UserError,
+    ablations,
+    attention,
+    cache,
+    feed,
+    files,
+    full_dyme,
+    graphs,
+    memory,
+    metrics,
+    models,
+    onednn,
+    parallel,
+    references,
+    rows,
+    runs,
+    samples,
+    settings,
+    thinking,
+    vision,
+)
 
 Model = torch.nn.Module
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
@@ -739,7 +758,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     reference: Model | None = None  # frozen copy of the policy for the KL term
     score: Callable[..., Groups] = score  # the benchmark puts another in its place
-    helper: supervision.Helper | None = None  # Full DyME's checker and refiner
+    helper: full_dyme.Helper | None = None  # Full DyME's checker and refiner
     buffer: list[Example] = field(default_factory=list)  # failed prompts, for --switch budget
     features: dict[int, Tensor] = field(default_factory=dict)  # of images, for --vision-cache
     failures: int = 0  # steps in a row whose loss or gradient was not finite
@@ -950,7 +969,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
             uniforms = keyed_uniforms(seed, 0, part, K, max_new_tokens)
             rolled = rollout(policy, [inputs], uniforms, temperature if draws else 0.0)
             for i, response in enumerate(decode(policy, rolled)):
-                row = judging.judge(examples[part[i // K]], response.text, response.finished)
+                row = thinking.judge(examples[part[i // K]], response.text, response.finished)
                 judged.append(row | {"length": len(response.ids)})
     return [*itertools.chain(*parallel.gather(judged))]
 
@@ -961,10 +980,10 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     predictions = respond(trainer.policy, held_out, trainer.cfg.max_new_tokens, batch)
     if not parallel.is_main():
         return
-    summary = judging.summarise(predictions)
+    summary = thinking.summarise(predictions)
     files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
-    tqdm.write(f"step {step}: " + judging.one_line(summary))
+    tqdm.write(f"step {step}: " + thinking.one_line(summary))
     if step and summary["accuracy"] > trainer.best:
         trainer.best = summary["accuracy"]
         save_policy(trainer.policy, run / "best")
@@ -1027,7 +1046,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     scaler = parallel.gradient_scaler(policy.device)
-    helper = supervision.open_helper(cfg, policy.tokenizer)
+    helper = full_dyme.open_helper(cfg, policy.tokenizer)
     return Trainer(cfg, policy, optimizer, scaler, helper=helper)
 
 

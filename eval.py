@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dyme import PROMPT, Config, load_policy, respond
-from support import data, files, judging, models, parallel, report, rows, runs, settings
-from support.errors import UserError
+from support import UserError, data, files, models, parallel, report, rows, runs, settings, thinking
 
 COLUMNS = ("accuracy", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
 # The base rows of the paper's main table are asked for the answer alone.
@@ -96,7 +95,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     prompt = PROMPTS[args.prompt]
     predictions = respond(policy, examples, max_new_tokens, batch, prompt=prompt)
     about = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
-    summary = about | judging.summarise(predictions)
+    summary = about | thinking.summarise(predictions)
     if args.samples:
         k = args.samples
         drawn = respond(policy, examples, max_new_tokens, max(1, batch // k), k, args.temperature, args.seed, prompt)

@@ -35,9 +35,21 @@ import eval as evaluation
 import reward
 from dyme import Config, Policy, Sequence
 from reward import Example, verify
-from support import ablations, attention, data, files, judging, memory, metrics, samples, toy, vision
+from support import (
+    DivergedError,
+    UserError,
+    ablations,
+    attention,
+    data,
+    files,
+    memory,
+    metrics,
+    samples,
+    thinking,
+    toy,
+    vision,
+)
 from support import runs as run_folders
-from support.errors import DivergedError, UserError
 from support.make_toy_base import new_policy
 from support.rows import spread
 
@@ -100,52 +112,52 @@ def test_thinking_f1_by_hand() -> None:
 
 def test_groundedness_by_hand() -> None:
     facts = "red 3, blue 4, green 9"
-    assert reward.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
-    assert reward.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
-    assert reward.groundedness("3 + 4 = 8", facts) == (2, 3)  # wrong arithmetic
-    assert reward.groundedness("(3 + 9) / 2 = 6", facts) == (4, 4)  # an average's count is derived
-    assert reward.groundedness("(3 + 9) / 2 = 5", facts) == (2, 4) and reward.groundedness("9 / 2 = 4.5", facts) == (2, 3)
-    assert reward.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
-    assert not reward.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and reward.groundedness("sales (4) = 3", facts) == (2, 2)
-    assert [e.true for e in reward.equations("3 − 7 = −4, 8 -3 = 5, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, True, False]
-    assert [e.true for e in reward.equations("$5 - $3 = $2, 3 - 5 = - 2, 20 / 50 = 40%, (2 + 2 + 3) / 3 = 2.3, 1/6 = 0.16")] == [True] * 5
-    assert [e.true for e in reward.equations("- red: 3\n- 3 + 4 = 7\nblue: 3\n-4 + 5 = 1")] == [True, True]
+    assert thinking.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
+    assert thinking.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
+    assert thinking.groundedness("3 + 4 = 8", facts) == (2, 3)  # wrong arithmetic
+    assert thinking.groundedness("(3 + 9) / 2 = 6", facts) == (4, 4)  # an average's count is derived
+    assert thinking.groundedness("(3 + 9) / 2 = 5", facts) == (2, 4) and thinking.groundedness("9 / 2 = 4.5", facts) == (2, 3)
+    assert thinking.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
+    assert not thinking.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and thinking.groundedness("sales (4) = 3", facts) == (2, 2)
+    assert [e.true for e in thinking.equations("3 − 7 = −4, 8 -3 = 5, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, True, False]
+    assert [e.true for e in thinking.equations("$5 - $3 = $2, 3 - 5 = - 2, 20 / 50 = 40%, (2 + 2 + 3) / 3 = 2.3, 1/6 = 0.16")] == [True] * 5
+    assert [e.true for e in thinking.equations("- red: 3\n- 3 + 4 = 7\nblue: 3\n-4 + 5 = 1")] == [True, True]
     # Neither a digit that is no number, nor a range, nor a sum that stands for its own.
-    assert not reward.equations("3 + 4 = ²; ages 18-29 = 42%, 3 + 9 = 24 / 2") and not reward.equations("29 - 18 = 12")[0].true
-    assert reward.groundedness("3 + 9 / 2 = 7.5", facts) == (3, 4)
-    assert not any(e.true for e in reward.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
-    assert reward.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
-    assert reward._arithmetic("__import__('os')") is None and reward._arithmetic("2 + 3 * 4") == 14
+    assert not thinking.equations("3 + 4 = ²; ages 18-29 = 42%, 3 + 9 = 24 / 2") and not thinking.equations("29 - 18 = 12")[0].true
+    assert thinking.groundedness("3 + 9 / 2 = 7.5", facts) == (3, 4)
+    assert not any(e.true for e in thinking.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
+    assert thinking.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
+    assert thinking._arithmetic("__import__('os')") is None and thinking._arithmetic("2 + 3 * 4") == 14
 
 
-@pytest.mark.parametrize("thinking, fault", [
+@pytest.mark.parametrize("thought, fault", [
     ("Observation: red 8, blue 3.\nReasoning: 8 - 3 = 5.\nConclusion: 5.", ""),
     ("red 8, blue 3. 8 + 3 = 5, so 5.", "8 + 3 = 5 is false"), ("red 9, blue 4. 9 - 4 = 5.", "9 is not in the image"),
     ("red 8, blue 3. 8 - 3 = 5. Conclusion: 3.", "it does not end in 5"), ("", "nothing is quoted from the image"),
     ("It is so: five or 5", "5 is not in the image"), ("8 - 3 = 5", "")])
-def test_valid_thinking_by_hand(thinking: str, fault: str) -> None:
+def test_valid_thinking_by_hand(thought: str, fault: str) -> None:
     example = Example("How much taller is red than blue?", "5", facts="red 8, blue 3")
-    assert reward.thinking_fault(f"{thinking}\nAnswer: 5", example) == fault
-    judged = judging.judge(example, f"{thinking}\nAnswer: 5", True)
+    assert thinking.thinking_fault(f"{thought}\nAnswer: 5", example) == fault
+    judged = thinking.judge(example, f"{thought}\nAnswer: 5", True)
     assert judged["accuracy"] and judged["valid_thinking"] is (fault == "") and judged["thinking_fault"] == fault
-    assert judging.judge(example, f"{thinking}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
-    without = judging.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
+    assert thinking.judge(example, f"{thought}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
+    without = thinking.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
     assert without["valid_thinking"] is None and without["accuracy"]
 
 
 def test_a_text_ends_in_an_answer_formatting_aside() -> None:
-    assert reward.ends_in("so 1,000 + 234 = 1,234.", "1234") and reward.ends_in("it is −4", "-4")
-    assert reward.ends_in("change -5", "-$5") and not reward.ends_in("is -$5", "5") and reward.ends_in("= - 2", "-2")
-    assert reward.ends_in("3-4", "4") and reward.ends_in("[22, 35]", "22,35")
-    assert not reward.ends_in("it is 4", "-4") and not reward.ends_in("it is -4", "4") and not reward.ends_in("", "4")
+    assert thinking.ends_in("so 1,000 + 234 = 1,234.", "1234") and thinking.ends_in("it is −4", "-4")
+    assert thinking.ends_in("change -5", "-$5") and not thinking.ends_in("is -$5", "5") and thinking.ends_in("= - 2", "-2")
+    assert thinking.ends_in("3-4", "4") and thinking.ends_in("[22, 35]", "22,35")
+    assert not thinking.ends_in("it is 4", "-4") and not thinking.ends_in("it is -4", "4") and not thinking.ends_in("", "4")
 
 
 def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> None:
     rows = [Example("q", "Cape Verde", source="a"), Example("q", "7", source="b"), Example("q", "7", source="b")]
     said = ["It is the Cape Verde.", "so 7 of 8", "thus\nAnswer: 7"]
-    judged = [judging.judge(e, text, True) | {"length": 1} for e, text in zip(rows, said, strict=True)]
+    judged = [thinking.judge(e, text, True) | {"length": 1} for e, text in zip(rows, said, strict=True)]
     assert [p["any_format"] for p in judged] == [True, False, True]
-    summary = judging.summarise(judged)
+    summary = thinking.summarise(judged)
     assert summary["any_format"] == pytest.approx(2 / 3) and summary["accuracy_a"] == 0 and summary["accuracy_b"] == 0.5
     assert summary["official"] == pytest.approx(1 / 3) and summary["valid_thinking"] is None  # not a mean over parts
 
@@ -153,7 +165,7 @@ def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> Non
 def test_time_to_judge_grows_no_faster_than_a_response() -> None:
     for text in (" " * 50_000, "1 + " * 20_000 + "= 3", "Answer: -" + " " * 50_000 + "x", "(" * 50_000):
         start = time.perf_counter()
-        judging.judge(Example("q", "[1, 2]", facts="red 3"), text, True)
+        thinking.judge(Example("q", "[1, 2]", facts="red 3"), text, True)
         assert time.perf_counter() - start < 5  # quadratic patterns took over a minute
 
 
@@ -884,8 +896,8 @@ def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(m
 def test_draws_for_equal_prompts_differ_by_row(tiny: Policy, examples: list[Example]) -> None:
     drawn = dyme.respond(tiny, [examples[0]] * 4, 8, 2, draws=2)
     assert len({p["response"] for p in drawn}) > 4 and all(p["name"] == examples[0].name for p in drawn)
-    assert judging.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["accuracy"]  # the metric's 5 %
-    assert not judging.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["accuracy"]
+    assert thinking.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["accuracy"]  # the metric's 5 %
+    assert not thinking.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["accuracy"]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
@@ -921,7 +933,7 @@ def test_every_row_is_seen_once_an_epoch(mode: str, sizes: list[int]) -> None:
 
 
 def accuracy(policy: Policy, examples: list[Example]) -> float:
-    return judging.summarise(dyme.respond(policy, examples, 40, 64))["accuracy"]
+    return thinking.summarise(dyme.respond(policy, examples, 40, 64))["accuracy"]
 
 
 def test_dyme_learns_by_memorizing_and_then_exploring(tiny: Policy, examples: list[Example]) -> None:
@@ -1052,7 +1064,7 @@ DRIVER = """
 import dataclasses, os, sys
 import dyme
 from support import runs, toy
-from support.errors import UserError
+from support import UserError
 toy.SPLITS = {"train": (0, 16), "val": (16, 7), "test": (24, 8)}
 verify, accumulate, calls = dyme.verify, dyme.accumulate_gradients, []
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import reward
 from reward import Example
-from support import hub, parallel, rows
-from support.errors import UserError
+from support import UserError, hub, parallel, rows
 
 HUB = "ahmed-masry/ChartQA"
 FILE = "ChartQA Dataset.zip"

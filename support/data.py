@@ -4,8 +4,7 @@ import zipfile
 from pathlib import Path
 
 from reward import Example
-from support import chartqa, domains, references, rows, toy
-from support.errors import UserError
+from support import UserError, chartqa, domains, references, rows, toy
 
 
 def load_data(data: str, split: str, traces: str = "low", augmented: bool = False,

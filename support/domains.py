@@ -14,8 +14,7 @@ from PIL import Image
 
 import reward
 from reward import NUMBER, Example
-from support import hub, rows
-from support.errors import UserError
+from support import UserError, hub, rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from support.errors import UserError
+from support import UserError
 
 try:
     import fcntl

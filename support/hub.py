@@ -6,7 +6,7 @@ import threading
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import get_session
 
-from support.errors import UserError
+from support import UserError
 
 
 @functools.cache

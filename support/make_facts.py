@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reward import Example
-from support import data, files, runs, settings, supervision
+from support import data, files, full_dyme, runs, settings
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     examples, folder = data.load_data(args.data, args.split), args.out.with_suffix("")
     if args.out.suffix != ".jsonl" or args.out.exists() or not all(example.image for example in examples):
         parser.error(f"{args.out}: must be a new .jsonl file, of data in which every row has an image")
-    key = supervision.read_key(args.helper_key_env)
+    key = full_dyme.read_key(args.helper_key_env)
     folder.mkdir(parents=True, exist_ok=True)
     def row(example: Example) -> dict[str, str | None]:
         example.image().save(picture := io.BytesIO(), "PNG")
@@ -29,7 +29,7 @@ def main() -> None:
         (folder / name).write_bytes(picture.getvalue())
         return {"question": example.question, "answer": example.answer, "trace": example.trace,
                 "image": f"{folder.name}/{name}", "facts": helper.see(picture.getvalue())}
-    with supervision.Helper(args.helper_url, args.helper_model, key, folder=folder) as helper:
+    with full_dyme.Helper(args.helper_url, args.helper_model, key, folder=folder) as helper:
         helper.check_server()
         rows = list(tqdm(helper.pool.map(row, examples), total=len(examples), ncols=80))
     files.write_jsonl(args.out, rows)

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from reward import Example
-from support import hub, toy
-from support.errors import UserError
+from support import UserError, hub, toy
 
 NAMES = {
     "SmolVLM-256M": "HuggingFaceTB/SmolVLM-256M-Instruct",

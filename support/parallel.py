@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from support.errors import UserError
+from support import UserError
 
 T = TypeVar("T")
 

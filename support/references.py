@@ -8,8 +8,7 @@ from typing import Any
 
 import reward
 from reward import Example
-from support import models, parallel, rows
-from support.errors import UserError
+from support import UserError, models, parallel, rows
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import constants
 
-from reward import FLAG, Example, quoted_numbers
-from support import data, files, rows, runs, settings, story
-from support.errors import UserError
+from reward import FLAG, Example
+from support import UserError, data, files, rows, runs, settings, story
+from support.thinking import quoted_numbers
 
 
 class Chart(NamedTuple):

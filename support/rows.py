@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from reward import Example
-from support import parallel
-from support.errors import UserError
+from support import UserError, parallel
 
 T = TypeVar("T")
 

@@ -24,8 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward import Example
-from support import data, files, parallel, rows, settings
-from support.errors import DivergedError, UserError
+from support import DivergedError, UserError, data, files, parallel, rows, settings
 
 # ---- The folder ----------------------------------------------------------------------------------
 

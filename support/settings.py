@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from support import domains
-from support.errors import UserError
+from support import UserError, domains
 
 
 def one_line_parser(description: str) -> argparse.ArgumentParser:

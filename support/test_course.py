@@ -25,7 +25,7 @@ from torch import Tensor
 import dyme
 import reward
 from reward import Example
-from support import data, domains, files, judging, settings, toy
+from support import data, domains, files, settings, thinking, toy
 from test_dyme import Patch, Row
 
 EXERCISES = ("explore_curve", "group_gradient", "right_for_wrong_reasons", "counting_row", "sum_loss", "twins",
@@ -166,8 +166,8 @@ def test_exercise_04_right_for_the_wrong_reasons(tmp_path: Path) -> None:
     last = []
     for kind, right in kinds.items():
         example = Example("q", "7", facts="red 3, blue 4", source=kind)
-        last += [judging.judge(example, f"{thinking}\nAnswer: 7", True) for thinking in right]
-        last += [judging.judge(example, f"{thinking}\nAnswer: 8", True) for thinking in (RIGHT, FALSE)]
+        last += [thinking.judge(example, f"{thought}\nAnswer: 7", True) for thought in right]
+        last += [thinking.judge(example, f"{thought}\nAnswer: 8", True) for thought in (RIGHT, FALSE)]
     files.write_jsonl(tmp_path / "held-out-20.jsonl", last)
     files.write_jsonl(tmp_path / "held-out-3.jsonl", last[:1])
     given = ("right_for_wrong_reasons of a run whose last evaluation (step 20) has four right answers to sums, three "
@@ -201,7 +201,7 @@ def test_exercise_05_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) ->
     for row, example, (count, said, right) in zip(rows, examples, COUNTS, strict=True):
         check_counting_example(example, row)
         given = f"a row with the count {count}, answered {said!r}:"
-        judged = answer(judging.judge, example, f"I think.\nAnswer: {said}", True, given=given)
+        judged = answer(thinking.judge, example, f"I think.\nAnswer: {said}", True, given=given)
         if judged["accuracy"] != right:
             refuse(f"{given} expected {'right' if right else 'wrong'} as a reward (`accepts`), got the opposite")
         if judged["official"] != right:
@@ -339,7 +339,7 @@ def test_exercise_09_mend_the_thinking_reward() -> None:
         chart = f"the chart {example.facts} and {example.question!r}"
         best = answer(mended, true[i].trace, example, given=f"mended, for {chart},")
         for fault, trace in cheats(i, low, true, hack):
-            if not reward.thinking_fault(f"{trace}\nAnswer: {example.answer}", example) and fault == "your own hack":
+            if not thinking.thinking_fault(f"{trace}\nAnswer: {example.answer}", example) and fault == "your own hack":
                 continue  # it happens to be true of this chart
             got = answer(mended, trace, example, given=f"mended, for {chart} and the trace {trace!r},")
             if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in (best, got)):
@@ -425,7 +425,7 @@ def test_the_course_names_what_exists() -> None:
     course, readme = ((here / "support" / name).read_text() for name in ("COURSE.md", "README.md"))
     written = set(re.findall(r"`([a-z]+_[a-z_0-9]+)`", course)) | set(re.findall(r"`([a-z_]+)\(", course))
     places = [dyme, reward, domains, toy]
-    judged = judging.judge(Example("q", "7", facts="red 7"), "Answer: 7", True)
+    judged = thinking.judge(Example("q", "7", facts="red 7"), "Answer: 7", True)
     known = set(judged) | set(EXERCISES) | set(re.findall(r"`(\w+)`", readme)) | {"blind_f1", "r_t"}
     assert set(EXERCISES) <= written and not [n for n in written - known if not any(hasattr(p, n) for p in places)]
     flags = {settings.flag(field.name) for field in dataclasses.fields(dyme.Config)}

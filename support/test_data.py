@@ -21,9 +21,8 @@ import dyme
 import eval as evaluation
 from dyme import Config, Policy
 from reward import Example, reference_response
-from support import data, hub, judging, models, references, rows, toy
+from support import UserError, data, hub, models, references, rows, thinking, toy
 from support import runs as run_folders
-from support.errors import UserError
 from support.test_support import make_chartqa, write_image
 from test_dyme import CPU, SHARED, Capture, Patch, Row, run
 
@@ -170,10 +169,10 @@ def test_aokvqa_has_two_named_scores_and_the_releases_target(tmp_path: Path) -> 
     with_choices, without = (next(e for e in examples if e.question == f"What {i}?") for i in (1, 3))
     # The correct choice and the longest rationale; without choices, the commonest answer.
     assert (with_choices.answer, without.answer, with_choices.trace) == ("dog", "hound", "It is a dog.")
-    judged = [judging.judge(e, "Answer: Dog.", True) | {"length": 1} for e in (with_choices, without)]
+    judged = [thinking.judge(e, "Answer: Dog.", True) | {"length": 1} for e in (with_choices, without)]
     assert judged[0]["official"] == pytest.approx(2 / 3) and judged[0]["scores"] == {"any_match": 1.0, "multiple_choice": 1.0}
-    judged.append(judging.judge(without, "Answer: cat", True) | {"length": 1})
-    summary = judging.summarise(judged)
+    judged.append(thinking.judge(without, "Answer: cat", True) | {"length": 1})
+    summary = thinking.summarise(judged)
     assert summary["official"] == pytest.approx(4 / 9) and summary["any_match"] == pytest.approx(2 / 3)
     assert summary["multiple_choice"] == 1.0  # of the one row that has choices
 
@@ -191,7 +190,7 @@ def test_a_slake_answer_without_a_word_must_be_met_exactly(tmp_path: Path) -> No
     (tmp_path / "test.json").write_text(json.dumps([row]))
     write_image(tmp_path / "imgs" / "1.jpg")
     example, = data.load_data(f"slake:{tmp_path}", "test")
-    assert [judging.judge(example, f"Answer: {a}", True)["official"] for a in ("+", "-", "plus")] == [1.0, 0.0, 0.0]
+    assert [thinking.judge(example, f"Answer: {a}", True)["official"] for a in ("+", "-", "plus")] == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("change", [{"answer": ""}, {"question": None}, {"question": " "}])
@@ -216,8 +215,8 @@ def test_a_zip_of_images_is_opened_once(tmp_path: Path, monkeypatch: Patch) -> N
 
 def test_official_accuracy_forgives_a_full_stop() -> None:
     for said, answer, right in (("Yes.", "Yes", 1), ("0.5.", "0.5", 1), (".5", "0.5", 1), ("U.S.", "U.S.", 1), ("Yes", "No", 0)):
-        assert judging.judge(Example("q", answer), f"So.\nAnswer: {said}", True)["official"] == right
-        assert judging.judge(Example("q", answer), said, True)["official"] == right  # --prompt direct
+        assert thinking.judge(Example("q", answer), f"So.\nAnswer: {said}", True)["official"] == right
+        assert thinking.judge(Example("q", answer), said, True)["official"] == right  # --prompt direct
 
 
 # ---- Traces --------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import torch
 import eval as evaluation
 from dyme import Config
 from reward import Example
-from support import files, report, samples, settings, story, toy
+from support import UserError, files, report, samples, settings, story, toy
 from support import runs as run_folders
-from support.errors import UserError
 from test_dyme import Capture, Row, run
 
 # ---- What a run keeps -----------------------------------------------------------------------------

@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 import dyme
 import eval as evaluation
 from dyme import Config
-from support import files, settings, toy
+from support import DivergedError, UserError, files, settings, toy
 from support import runs as run_folders
-from support.errors import DivergedError, UserError
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
 
 # ---- How long a run is ----------------------------------------------------------------------------

@@ -29,13 +29,31 @@ import reward
 import test_dyme
 from dyme import Config, Policy
 from reward import Example, verify
-from support import ablations, attention, benchmark, chartqa, data, domains, feed, files, gpu_check, graphs, judging
-from support import make_toy_base, onednn, parallel, references, settings, supervision, test_course, toy
+from support import (
+    UserError,
+    ablations,
+    attention,
+    benchmark,
+    chartqa,
+    data,
+    domains,
+    feed,
+    files,
+    full_dyme,
+    gpu_check,
+    graphs,
+    make_toy_base,
+    onednn,
+    parallel,
+    references,
+    settings,
+    test_course,
+    thinking,
+    toy,
+)
 from support import runs as run_folders
-from support.errors import UserError
 from support.make_toy_base import new_policy
 from test_dyme import CORRECT, CPU, SHARED, TEXT, Capture, Patch, Row, make_trainer, run, take
-
 
 # ---- Data -----------------------------------------------------------------------------------------
 
@@ -67,7 +85,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
     size = sum(file.stat().st_size for file in toy.BASE.iterdir())
     policy = dyme.load_policy("tiny", CPU)
     assert size < 2.5e6 and torch.get_num_threads() == 1
-    summary = judging.summarise(dyme.respond(policy, examples[:100], 48, 100))
+    summary = thinking.summarise(dyme.respond(policy, examples[:100], 48, 100))
     known = [summary[f"any_format_{kind}"] for kind in toy.KNOWN_KINDS]
     lacking = [summary[f"any_format_{kind}"] for kind in ("sum", "difference")]
     assert min(known) >= 0.95 and max(lacking) <= 0.1 and summary["accuracy"] <= 0.1
@@ -88,7 +106,7 @@ def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch, 
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.35), ("low", 0.7)])
 def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces: str, share: float) -> None:
     examples = toy.make_examples("train", traces)
-    pseudo = sum(reward.groundedness(e.trace, e.facts)[0] < reward.groundedness(e.trace, e.facts)[1] for e in examples)
+    pseudo = sum(thinking.groundedness(e.trace, e.facts)[0] < thinking.groundedness(e.trace, e.facts)[1] for e in examples)
     assert pseudo / len(examples) == pytest.approx(share, abs=0.06)
     assert all(verify(reward.reference_response(e), e).correct for e in examples)
 
@@ -199,7 +217,7 @@ def test_real_charts_and_released_traces(capsys: Capture) -> None:
 
 def answered(example: Example, answer: str) -> tuple[bool, float, float | None]:
     """Is an answer right as a reward, and its own scores."""
-    judged = judging.judge(example, f"I think.\nAnswer: {answer}", True)
+    judged = thinking.judge(example, f"I think.\nAnswer: {answer}", True)
     return verify(f"I think.\nAnswer: {answer}", example, True).correct, judged["official"], judged["scores"].get("multiple_choice")
 
 
@@ -238,8 +256,8 @@ def test_slake_and_images_in_a_zip(tmp_path: Path) -> None:
     assert (opened.source, closed.source) == ("open", "closed") and opened.image().size == (8, 8)
     assert answered(opened, "kidney, liver")[:2] == (True, 1.0) and answered(opened, "the liver")[:2] == (False, 0.5)
     assert answered(closed, "yes")[:2] == (True, 1.0) and answered(closed, "yes no")[:2] == (False, 0.0)
-    judged = [judging.judge(e, f"Answer: {answer}", True) | {"length": 1} for e, answer in ((opened, "liver"), (closed, "Yes"))]
-    summary = judging.summarise(judged)
+    judged = [thinking.judge(e, f"Answer: {answer}", True) | {"length": 1} for e, answer in ((opened, "liver"), (closed, "Yes"))]
+    summary = thinking.summarise(judged)
     assert summary["official"] == 0.75 and summary["official_closed"] == 1
 
 
@@ -673,7 +691,7 @@ def test_help_knows_every_flag_and_the_readmes_name_nothing_else(runs: Path, cap
     assert not [flag for flag in mentioned if flag not in flags and f'"{flag}"' not in code]
     # Functions and metrics that the READMEs name exist.
     names = set(re.findall(r"`([a-z]+_[a-z_]+)`", readme))
-    modules = [dyme, reward, evaluation, ablations, supervision, settings, run_folders, domains, parallel, files, onednn]
+    modules = [dyme, reward, evaluation, ablations, full_dyme, settings, run_folders, domains, parallel, files, onednn]
     known = [*modules, Config(), test_dyme, test_course, torch.nn.Module(), dyme.Policy]
     written = [files.read_jsonl(runs / "a" / name)[0] for name in ("metrics.jsonl", "held-out-1.jsonl",
                                                                   "evaluations.jsonl")]

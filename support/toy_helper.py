@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import reward
-from support import toy
+from support import thinking, toy
 
 # The reply to a prompt, the n-th: a text, a status, or a fault (hang, drip, garbage, wrong).
 Script = Callable[[str, int], str | int]
@@ -81,11 +80,11 @@ def toy_helper(text: str, _: int = 0) -> str:
     best = toy.trace(goal, bars, values, working, answer)
     if text.startswith("Write"):
         return f"{best}\nAnswer: {answer}"
-    thinking = text.split(re.search(r"two lines (\[\w+\])", text)[1] + "\n")[1].strip()
-    grounded, quoted = reward.groundedness(thinking, facts, question)
+    graded = text.split(re.search(r"two lines (\[\w+\])", text)[1] + "\n")[1].strip()
+    grounded, quoted = thinking.groundedness(graded, facts, question)
     if not quoted or grounded < quoted:
         return "low"
-    return "high" if thinking == best else "medium"
+    return "high" if graded == best else "medium"
 
 
 def serve(script: Script, port: int = 0) -> Server:

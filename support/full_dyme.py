@@ -22,8 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reward import Example, reference_response, split_response, verify
-from support import data, files, parallel
-from support.errors import UserError
+from support import UserError, data, files, parallel
 
 # ---- What is asked -------------------------------------------------------------------------------
 
