@@ -1,64 +1,105 @@
-"""What the paper compares DyME with: the other switching rules of Table 1b, and the release's deviations."""
+"""What the paper compares DyME with: switching rules of Table 1b, and the release's deviations."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from reward import Example
+import dyme
+from dyme import Sequence, Step, Trainer
 from support import parallel
 
+Change = Callable[[Step], list[Sequence]]
 
-def choose_mode(rule: str, rewards: Tensor, highest: float) -> Tensor:
-    """Which prompts explore by a rule of Table 1b, (p,) bool, from this process's rewards r, (p, K).
 
-    `highest` is the largest reward there can be: a threshold tests the batch's mean reward on a scale from
-    0 to 1.
+def attach(trainer: Trainer) -> None:
+    """Give a trainer the switch of `--switch`, and the weights of `--released-code`."""
+    cfg, changes = trainer.cfg, list[Change]()
+    rule, _, value = cfg.switch.partition(":")
+    if rule in ("explore", "anneal", "budget"):
+        trainer.switch = dyme.always_explore
+    if rule == "memorize":
+        trainer.switch = lambda r_a, r_t: torch.zeros(len(r_a), dtype=torch.bool)
+    if rule == "threshold":
+        trainer.switch = threshold(float(value), cfg.thinking_weight)
+    if rule == "anneal":
+        changes.append(lambda done: anneal(trainer, done))
+    if rule == "budget":
+        changes.append(lambda done: memorize_failures(trainer, done, int(value)))
+    if cfg.released_code:
+        trainer.advantages = released_advantages
+        changes.append(lambda done: released_weights(done, cfg.generations))
+
+    def weigh(done: Step) -> list[Sequence]:
+        for change in changes:
+            done.sequences = change(done)
+        return done.sequences
+
+    trainer.weigh = weigh
+
+
+def threshold(least: float, thinking_weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`--switch threshold:T`: all explore once the batch's mean reward, from 0 to 1, is at least T.
     """
-    everyone = torch.ones(len(rewards), dtype=torch.bool)
-    name, _, value = rule.partition(":")
-    if name == "memorize":
-        return ~everyone
-    if name == "threshold":  # the whole batch, that of all processes, explores once its mean reward passes
-        batch = parallel.sum_numbers({"reward": rewards.sum().item(), "count": rewards.numel()})
-        return everyone & (batch["reward"] / batch["count"] / highest >= float(value))
-    # explore: always. anneal: always, with targets beside (`adjust_for_ablations` of dyme.py). budget: always, while failures
-    # wait in a buffer (`memorize_failures`).
-    return everyone
+
+    def switch(r_a: Tensor, r_t: Tensor) -> Tensor:
+        rewards = (r_a + thinking_weight * r_t) / (1 + thinking_weight)
+        batch = {"reward": rewards.sum().item(), "count": rewards.numel()}
+        batch = parallel.sum_numbers(batch)  # that of all processes
+        return torch.full((len(r_a),), batch["reward"] / batch["count"] >= least)
+
+    return switch
 
 
-def released_advantages(rewards: Tensor, correct: Tensor, eps: float = 1e-4) -> Tensor:
-    """Advantages (p, K) as in the release: sample standard deviation, and zero where all are correct."""
-    std = rewards.std(1, keepdim=True)  # divides by K - 1
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (std + eps)
-    zero = (rewards.amax(1) == rewards.amin(1)) | (correct.amin(1) == 1)
-    return advantages.masked_fill(zero[:, None], 0.0)
+def anneal(trainer: Trainer, done: Step) -> list[Sequence]:
+    """`--switch anneal`: beside exploration every target, weighted by a cosine from 1 to 0."""
+    weight = (1 + math.cos(math.pi * done.step / trainer.cfg.steps)) / 2 / trainer.cfg.prompts
+    targets = []
+    for i, example in enumerate(done.examples):
+        ids = dyme.target_ids(trainer.policy, replace(example, trace=trainer.trace(example)))
+        targets.append(Sequence(i, ids, weight, False))
+    return done.sequences + targets
 
 
-def released_weights(sequences: list[Any], generations: int) -> list[Any]:
-    """Targets weigh 1/K of a prompt, as in the release, which puts them in the place of one response."""
-    return [s if s.explore else replace(s, weight=s.weight / generations) for s in sequences]
-
-
-def anneal_weight(progress: float) -> float:
-    """Weight of the SFT loss beside exploration: a cosine from 1 to 0 over `progress` in [0, 1]."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-def memorize_failures(buffer: list[Example], done: Any, rule: str,
-                      imitate: Callable[[list[Example]], dict[str, Any]]) -> dict[str, Any]:
-    """`--switch budget:N`: prompts that failed wait in `buffer`, for an SFT step on N of them."""
-    size = int(rule.removeprefix("budget:"))
-    right = (done.groups.correct == 1).any(dim=1)
-    failed = [example for example, found in zip(done.examples, right, strict=True) if not found]
-    for examples in parallel.gather(failed):  # every process keeps the same buffer
-        buffer += examples
+def memorize_failures(trainer: Trainer, done: Step, size: int) -> list[Sequence]:
+    """`--switch budget:N`: prompts that failed are buffered; N of them replace a step's own."""
+    buffer = trainer.kept.setdefault("buffer", [])
+    right = (done.r_a == 1).any(dim=1)
+    failed = [example.name for i, example in enumerate(done.examples) if not right[i]]
+    for names in parallel.gather(failed):  # every process keeps the same buffer
+        buffer += names
     if len(buffer) < size:
-        return {}
-    batch, buffer[:] = buffer[:size], buffer[size:]
-    target_length = imitate(batch)["target_length"]
-    explored = parallel.sum_numbers({"prompts": len(done.examples)})["prompts"]
-    return {"memorized": size / (size + explored), "target_length": target_length}
+        return done.sequences
+    rows, own = {example.name: example for example in trainer.rows}, dyme.share(size)
+    batch = [rows[name] for name in buffer[:size]][own.start:own.stop]
+    del buffer[:size]
+    # From here on it is a step of SFT on other prompts.
+    done.examples, done.inputs = batch, dyme.encoded(trainer, batch, None)
+    done.explore = torch.zeros(len(batch), dtype=torch.bool)
+    done.responses = done.r_a = done.r_t = done.rewards = done.advantages = None
+    targets = []
+    for i, example in enumerate(batch):
+        targets.append(Sequence(i, dyme.target_ids(trainer.policy, example), 1 / size, False))
+    return targets
+
+
+def released_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """Advantages (p, K) as in the release: by the sample standard deviation (divide by K - 1)."""
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
+    return advantages.masked_fill(dyme.no_variance(rewards)[:, None], 0.0)
+
+
+def released_weights(done: Step, generations: int) -> list[Sequence]:
+    """As in the release, a group that is all right is dropped, and a target weighs 1/K of a prompt.
+
+    (It stands in the place of one of K responses.)
+    """
+    sequences = []
+    for s in done.sequences:
+        if s.explore and (done.r_a[s.prompt] == 1).all():
+            sequences.append(replace(s, weight=0.0))
+        else:
+            sequences.append(s if s.explore else replace(s, weight=s.weight / generations))
+    return sequences

@@ -1,34 +1,42 @@
-"""Devices, and the processes that torchrun starts: each takes its share of a step's prompts."""
+"""Devices, the processes that torchrun starts, and threads that prepare inputs."""
 
+import collections
 import contextlib
+import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from support import UserError
 
 T = TypeVar("T")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+ALL_THREADS = torch.get_num_threads()
 
 # ---- Devices -------------------------------------------------------------------------------------
 
 
 def select_device(name: str) -> torch.device:
-    """Resolve `--device`; torchrun's processes get a GPU each. Raises UserError if there is none such."""
+    """Resolve `--device`; torchrun gives each process a GPU. Raises UserError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("mps"):
-        raise UserError(f"--device {name}: was never tested, so it is not offered; use cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N; no other was ever tried")
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
     try:
         torch.ones(1, device=device).cpu()
         if name.startswith("cuda"):
             torch.cuda.set_device(device)
             # On Hopper PyTorch prefers cuDNN's attention. With a mask its gradients can be NaN
-            # (pytorch#196678), and it plans anew, for up to a second, at every new length: here, every batch.
+            # (pytorch#196678), and it plans anew, for up to a second, at every new length.
             torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -37,7 +45,8 @@ def select_device(name: str) -> torch.device:
 
 def half_precision() -> torch.dtype:
     """bfloat16 where the GPU computes in it, float16 (with a gradient scaler) on older ones."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def gradient_scaler(device: torch.device) -> torch.amp.GradScaler:
@@ -46,14 +55,13 @@ def gradient_scaler(device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=needed)
 
 
-def limit_threads(parameters: int) -> None:
-    """Let a tiny model run on one thread: two gain little, and beside a busy process wait for each other."""
-    if parameters < 2e6:
-        torch.set_num_threads(1)
+def set_threads(parameters: int) -> None:
+    """Let a tiny model run on one thread: two gain little, and beside a busy process they wait."""
+    torch.set_num_threads(1 if parameters < 2e6 else ALL_THREADS)
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
+    """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with contextlib.suppress(ImportError):
@@ -70,8 +78,12 @@ def peak_memory_gib(device: torch.device) -> float | None:
 def processes(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did; `device` as in `select_device`."""
     cuda = select_device(device).type == "cuda"
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # a cluster may set one of them by itself
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # a cluster may set some alone
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: {error}; start several "
+                            "processes with torchrun, or unset these") from None
     try:
         yield
         if dist.is_initialized():
@@ -91,22 +103,10 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def share(total: int) -> range:
-    """This process's share of `total` things: all of them, if it is alone."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return range(rank * total // count(), (rank + 1) * total // count())
-
-
 def check_share(prompts: int) -> None:
     """Raise UserError if a process would have no prompt of a step."""
     if prompts < count():
         raise UserError(f"--prompts {prompts}: fewer than the {count()} processes")
-
-
-def chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cut a list or range into pieces of `size`; the last one may be shorter."""
-    for start in range(0, len(things), size):
-        yield things[start:start + size]
 
 
 def gather(value: T) -> list[T]:
@@ -119,15 +119,18 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def errors_shared() -> Iterator[None]:
-    """Run a block; the UserError that one process meets is raised in all, so that none waits for ever."""
-    found: UserError | None = None
+    """Run a block; what one process raises is raised in all, so that none waits for ever.
+
+    That is UserError, and running out of a GPU's memory.
+    """
+    found: Exception | None = None
     try:
         yield
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         found = error
-    for error in gather(found):
-        if error is not None:
-            raise error
+    for shared in gather(found):
+        if shared is not None:
+            raise shared
 
 
 def sum_numbers(numbers: dict[str, Any]) -> dict[str, float]:
@@ -142,8 +145,6 @@ def sum_numbers(numbers: dict[str, Any]) -> dict[str, float]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up the gradients of all processes, in one all-reduce."""
     # No further averaging: the weights of the sequences hold the step's own denominators.
-    if not dist.is_initialized():
-        return
     trained = [p for p in parameters if p.requires_grad]
     # A parameter without a gradient in any process must stay without one, or AdamW would decay it.
     used = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
@@ -153,3 +154,47 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     used, *gradients = flat.split([len(trained), *(p.numel() for p in trained)])
     for p, anywhere, gradient in zip(trained, used.tolist(), gradients, strict=True):
         p.grad = gradient.view_as(p) if anywhere else None
+
+
+# ---- Threads -------------------------------------------------------------------------------------
+
+
+def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU."""
+    if device.type != "cuda":
+        return inputs
+    ready = {}
+    for name, tensor in inputs.items():
+        if name == "pixel_values":  # the tower computes in half precision: it would round them too
+            tensor = tensor.to(half_precision())
+        if name == "pixel_attention_mask":  # as int64 it is nearly as large as the images
+            tensor = tensor.bool()
+        ready[name] = tensor.pin_memory()  # else a copy makes the CPU wait
+    return ready
+
+
+def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterable[Job],
+               ahead: int) -> Iterator[Result]:
+    """Yield `work(job, processor)` of each job, in order; up to `ahead` are done before their turn.
+
+    Each thread has a copy of the processor, because a tokenizer cannot serve two.
+    """
+    # This process's part of the cores, one kept for the step itself.
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = max(1, min(16, cores - 1, ahead))
+    free, local = [copy.deepcopy(processor) for _ in range(threads)], threading.local()
+
+    def take_processor() -> None:
+        local.processor = free.pop()
+
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    pool = ThreadPoolExecutor(threads, initializer=take_processor)
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(lambda job=job: work(job, local.processor)))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import reward
 from reward import Example
-from support import UserError, models, parallel, rows
+from support import UserError, parallel, rows
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def check(examples: list[Example], policy: Any, length: Callable[[Example], int]
     `length` is that of a row's prompt and reference in tokens.
     """
     ends = [policy.tokenizer.decode([token]) for token in policy.end_ids]
-    limit = models.context(policy.model)
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", 1e9)
     kept, notes = [], {}
     for example in examples:
         texts = f"{example.trace or ''}\n{example.answer}".lower()

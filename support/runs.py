@@ -292,10 +292,12 @@ def record(file: Path, row: dict[str, Any], board: Any) -> None:
         add_scalars(board, file.stem, row)
 
 
-def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]], board: Any) -> None:
+def log_step(run: Path, done, tokenizer, board: Any) -> None:
     """Write down a step's metrics and the groups that it shows in full."""
+    from support import samples
     if parallel.is_main():
-        record(run / "metrics.jsonl", logged, board)
+        record(run / "metrics.jsonl", done.metrics, board)
+        shown = samples.describe(done, tokenizer)
         for row in shown:
             files.append_row(run / "samples.jsonl", row)
 
@@ -432,3 +434,19 @@ def keep_freed_memory() -> None:
         libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
         libc.mallopt(trim_threshold, -1)
         libc.mallopt(mmap_max, 0)
+
+
+from support.files import read_jsonl, replaced_folder, write_jsonl  # noqa
+
+
+def say(text):
+    if parallel.is_main():
+        tqdm.write(text)
+
+
+def write_state(folder, state):
+    torch.save(state, folder / "training_state.pt")
+
+
+def settled(run):
+    pass

@@ -7,15 +7,15 @@ MODES = {(True, False): "exploration", (False, True): "memorization", (True, Tru
 FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it returns, so that it has a history
 
 
-def describe(step: int, done: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def describe(done: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Rows of a step (`dyme.Step`): the prompts that are followed, or one; responses, rewards, trace, target."""
     # Chosen by a hash of the name, not at random: prompts return in each epoch, and every run keeps the same.
     hashes = [zlib.crc32(example.name.encode()) for example in done.examples]
     kept = [p for p, value in enumerate(hashes) if value < FOLLOWED]
-    return [_group(step, done, tokenizer, p) for p in kept or [hashes.index(min(hashes))]]
+    return [_group(done, tokenizer, p) for p in kept or [hashes.index(min(hashes))]]
 
 
-def _group(step: int, done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
+def _group(done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
     """The row of prompt `p`: its `trace` is the reference that r_t compares with, its `target` what was imitated."""
     example = done.examples[p]
     targets = [s.ids for s in done.sequences if s.prompt == p and not s.explore]
@@ -24,20 +24,19 @@ def _group(step: int, done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
         target = tokenizer.decode(targets[0], skip_special_tokens=True).strip()
     # Neither explored nor memorized: it waits in the buffer of `--switch budget`.
     mode = MODES.get((bool(done.explore[p]), bool(targets)), "buffered")
-    return {"step": step, "name": example.name, "source": example.source, "question": example.question,
+    return {"step": done.step, "name": example.name, "source": example.source, "question": example.question,
             "answer": example.answer, "facts": example.facts, "mode": mode, "trace": example.trace,
             "target": target, "responses": _responses(done, p)}
 
 
 def _responses(done: Any, p: int) -> list[dict[str, Any]]:
     """Text, rewards and advantage of each response to prompt `p`; none in SFT."""
-    if done.groups is None:
+    if done.responses is None:
         return []
-    parts = {"r_a": done.groups.correct, "r_t": done.groups.thinking, "r_f": done.groups.in_format,
-             "reward": done.groups.rewards, "advantage": done.advantages}
+    parts = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards, "advantage": done.advantages}
     rows = []
-    for k, response in enumerate(done.groups.responses[p]):
-        row = {"text": response.text, "finished": response.finished}
+    for k, response in enumerate(done.responses[p]):
+        row = {"text": response.text, "finished": response.finished, "r_f": float(response.in_format)}
         for name, values in parts.items():
             row[name] = round(values[p, k].item(), 4)
         rows.append(row)

@@ -148,7 +148,7 @@ MOST_TOKENS = 10**8  # sampled in a step: more is a slip of the keys, and would 
 SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
 
 
-def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]]) -> None:
+def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]] = {}) -> None:
     """Refuse values that cannot work, naming the flag; `models` are the names that need no folder."""
     if not cfg.resume:
         check_model_name(cfg.model, models, "--model ")
@@ -215,3 +215,15 @@ def check_helper(cfg: Any) -> None:
         raise UserError("--no-checker and --no-refiner leave out one half of what --helper-url brings")
     if cfg.helper_key_env and cfg.helper_key_env not in os.environ:
         raise UserError(f"--helper-key-env {cfg.helper_key_env}: no such environment variable")
+
+
+def read_flags(config, description, argv):
+    from transformers.hf_argparser import HfArgumentParser
+    parser = HfArgumentParser(config, description=description, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    def error(message: str) -> None:
+        raise UserError(message)
+    parser.error = error
+    return vars(parser.parse_args(argv))

@@ -1,0 +1,523 @@
+"""The two jobs of dyme.py that take the time, done faster: `rollout` and `sequence_logprobs`.
+
+    policy = fast.speed_up(policy)  # the same policy with these in the place of the plain ones
+
+Values, sampled ids and gradients are those of dyme.py, up to rounding (test_fast.py). What differs:
+the K responses of a prompt share one copy of its keys and values, as one row of K parallel
+tokens when sampling, and packed end to end in the update; query heads that share keys do so
+without copies; images are encoded once for both; on CUDA decoding is a graph that is replayed; on
+an x86 processor oneDNN multiplies.
+
+Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query heads in G groups.
+"""
+
+import copy
+import functools
+import itertools
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import dyme
+from dyme import Inputs, Model, Policy, Prefix, Response, Samples, Sequence
+from support import runs
+
+
+def speed_up(policy: Policy) -> Policy:
+    """The same policy, faster; as it is where its model does something that is not known here."""
+    model = policy.model
+    if hasattr(model, "sped_up"):
+        return replace(policy, rollout=rollout, logprobs=sequence_logprobs)
+    config = model.config.get_text_config()
+    before, others = config._attn_implementation, {*(getattr(config, "layer_types", None) or [])}
+    expected = trial_logprobs(policy)
+    use_grouped_attention(model)
+    faster = replace(policy, rollout=rollout, logprobs=sequence_logprobs)
+    try:
+        if others - {"full_attention"}:
+            raise NotImplementedError(f"layers of {', '.join(sorted(others))}")
+        difference = (trial_logprobs(faster) - expected).abs().max().item()
+        if not difference < 0.05:
+            raise ArithmeticError(f"log-probs differ by {difference:.2g}")
+    except Exception as error:  # noqa: BLE001 - models fail in many ways, and all mean the same here
+        config._attn_implementation = before
+        runs.say(f"going on as with --plain: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return policy
+    encode_images_once(model)
+    use_onednn(model)
+    model.sped_up = True
+    return faster
+
+
+@torch.no_grad()
+def trial_logprobs(policy: Policy) -> Tensor:
+    """Log-probs, (2, 4), of two short sequences after a prompt of three tokens."""
+    ids = torch.arange(10, 13, device=policy.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sequences = [Sequence(0, [13, 14, 15, 16], 1.0, True), Sequence(0, [17, 18], 1.0, True)]
+    return policy.logprobs(policy, policy.model, inputs, [0, 0], sequences, 1.0)[0]
+
+
+# ---- Several responses in one row: keys and values of a prompt are shared ------------------------
+
+
+def extend(model: Model, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
+    """Run tokens `ids: (P, Q)` of several responses to a prompt as one row; states (P, Q, D).
+
+    They stand at `offsets: (P, Q)` from the prompt's end. Each sees its prompt and, of the Q'
+    response tokens in the cache by then, those that `visible: (P, Q, Q')` marks: its own response.
+    """
+    # So K responses share one copy of their prompt's keys and values, when sampling and in the
+    # update. Repeating the prompt K times would take K times its memory and time.
+    prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # (P, 1, Q, L)
+    visible = torch.cat([prompt, visible[:, None]], dim=3)  # (P, 1, Q, L + Q')
+    mask = additive_mask(visible, model.config.get_text_config(), prefix.hidden.dtype)
+    out = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=prefix.position + offsets,
+        cache=prefix.cache, use_cache=True)
+    return out.last_hidden_state
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, K: int,
+            temperature: float) -> list[Response]:
+    """`dyme.rollout`, with the responses of all micro-batches sampled together."""
+    model, uniforms = policy.model, uniforms.to(policy.device)
+    with torch.no_grad(), policy.autocast():
+        prefixes = [dyme.encode_prefix(model, x) for x in inputs]
+        samples = sample(model, prefixes, uniforms, policy.end_ids, policy.pad_id, temperature)
+    return dyme.decode(policy, samples)
+
+
+@torch.no_grad()
+def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int], pad_id: int,
+           temperature: float) -> Samples:
+    """Sample K = N / P responses to each of P prompts; `uniforms: (N, T)`. Uses up the prefixes."""
+    decoder = Decoder(model, prefixes, uniforms, end_ids, pad_id, temperature)
+    step, on_cuda = decoder.step, uniforms.is_cuda
+    block = 128 if on_cuda else 1  # tokens by which attention is widened at a time
+    decoder.choose()  # the first token is predicted by the prompt itself
+    for i in range(1, uniforms.shape[1]):
+        # Asking whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
+        if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
+            break
+        widens = (i - 1) % block == 0
+        if widens:
+            decoder.widen(i - 1 + block)
+        # A graph is bound to its shapes: one for each width. The first two steps run plainly: they
+        # warm up, and cast the weights.
+        if on_cuda and (i == 3 or (widens and i > 3)):
+            step = capture(model, decoder.step)
+        step()
+    T = int(decoder.mask.sum(1).max())
+    ids, mask, entropy = (x[:, :T] for x in (decoder.ids, decoder.mask, decoder.entropy))
+    return Samples(ids, mask, ~decoder.alive, entropy)
+
+
+class Decoder:
+    """K responses to each of P prompts, a token at a time; N = P*K responses of up to T tokens.
+
+    Every buffer is written in place, so that a step can be recorded as a CUDA graph.
+    """
+
+    def __init__(self, model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int],
+                 pad_id: int, temperature: float) -> None:
+        (N, T), device = uniforms.shape, uniforms.device
+        self.P = sum(len(prefix.mask) for prefix in prefixes)
+        self.K = N // self.P
+        self.model, self.uniforms = model, uniforms
+        self.temperature, self.pad_id = temperature, pad_id
+        self.end_ids = torch.tensor(end_ids, device=device)
+
+        # Token `t` of every response is the newest. Response k keeps its token t in column
+        # t K + k after the longest prompt. The last token is never fed back, hence T - 1.
+        room = self.K * (T - 1)
+        self.longest = max(prefix.mask.shape[1] for prefix in prefixes)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.columns = torch.arange(self.K, device=device)
+        self.slots = self.columns + self.longest  # the same columns, counted in the cache
+        self.prefix = merge(prefixes, room, self.slots)
+        self.visible = torch.zeros(self.P, self.K, room, dtype=torch.bool, device=device)
+        itself = torch.eye(self.K, dtype=torch.bool, device=device)
+        self.itself = itself.expand(self.P, -1, -1)
+
+        self.ids = torch.full((N, T), pad_id, device=device)
+        self.mask = torch.zeros(N, T, dtype=torch.long, device=device)
+        self.entropy = torch.zeros(N, T, device=device)
+        self.alive = torch.ones(N, dtype=torch.bool, device=device)
+        logits = dyme.next_logits(model, self.prefix.hidden)  # (P, V)
+        self.logits = logits.repeat_interleave(self.K, 0)  # (N, V)
+
+    def widen(self, tokens: int) -> None:
+        """Limit attention to the first `tokens` positions; later ones are still empty."""
+        self.open = min(self.K * tokens, self.visible.shape[2])
+        for layer in self.prefix.cache.layers:
+            layer.end = self.longest + self.open
+
+    def choose(self) -> None:
+        """Draw token t of every response; those that have ended get padding."""
+        uniform = self.uniforms.index_select(1, self.t).squeeze(1)  # (N,)
+        token, entropy = dyme.draw(self.logits, uniform, self.temperature)
+        token = token.masked_fill(~self.alive, self.pad_id)
+        self.ids.index_copy_(1, self.t, token[:, None])
+        self.mask.index_copy_(1, self.t, self.alive.long()[:, None])
+        self.entropy.index_copy_(1, self.t, entropy[:, None])
+        self.alive.logical_and_((token[:, None] != self.end_ids).all(1))
+
+    def step(self) -> None:
+        """Feed token t of every response to the model, then choose token t + 1."""
+        # Response k alone sees its token t.
+        self.visible.index_copy_(2, self.columns, self.itself)
+        tokens = self.ids.index_select(1, self.t).view(self.P, self.K)
+        offsets = self.t.expand(self.P, self.K)
+        visible = self.visible[:, :, :self.open]
+        hidden = extend(self.model, self.prefix, tokens, offsets, visible)  # (P, K, D)
+        self.logits.copy_(dyme.next_logits(self.model, hidden.flatten(0, 1)))
+        self.t.add_(1)
+        self.columns.add_(self.K)
+        self.slots.add_(self.K)
+        self.choose()
+
+
+class Slots(DynamicLayer):
+    """A layer's keys and values while decoding: the prompts', then room for new tokens.
+
+    They are written in place: a cache that grows is copied for every token, and a CUDA graph is
+    bound to its addresses.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values  # (P, G, L + room, D)
+        self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
+        self.end = keys.shape[2]  # so much of the room is attended to: the rest is still empty
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write `keys, values: (P, G, K, D)` of the new tokens; all keys and values so far."""
+        self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slots, values.to(self.values.dtype))
+        return self.keys[:, :, :self.end], self.values[:, :, :self.end]
+
+
+def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
+    """Put prompts of several micro-batches side by side, with `room` for new tokens.
+
+    Uses the given ones up: a layer's copy is freed before the next layer's is made.
+    """
+    longest = max(prefix.mask.shape[1] for prefix in prefixes)
+    layers = []
+    for same_layer in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):
+        keys = join([layer.keys for layer in same_layer], longest, room)
+        values = join([layer.values for layer in same_layer], longest, room)
+        layers.append(Slots(keys, values, slots))
+        for layer in same_layer:
+            layer.keys = layer.values = None
+    masks = []
+    for prefix in prefixes:  # padding is on the left
+        masks.append(F.pad(prefix.mask, (longest - prefix.mask.shape[1], 0)))
+    hidden = torch.cat([prefix.hidden for prefix in prefixes])
+    position = torch.cat([prefix.position for prefix in prefixes], dim=-2)
+    return Prefix(Cache(layers=layers), hidden, torch.cat(masks), position)
+
+
+def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
+    """Concatenate `parts`, (P_i, G, L_i, D) each, to (P, G, longest + room, D), prompts at the end.
+    """
+    dtype, device = parts[0].dtype, parts[0].device
+    if torch.is_autocast_enabled(device.type):
+        # Keys come in float32 (from the rotary embedding), values in half precision.
+        dtype = torch.get_autocast_dtype(device.type)
+    prompts, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
+    joined = torch.zeros(prompts, heads, longest + room, width, dtype=dtype, device=device)
+    first = 0
+    for part in parts:
+        joined[first:first + len(part), :, longest - part.shape[2]:longest] = part
+        first += len(part)
+    return joined
+
+
+# ---- Log-probs -----------------------------------------------------------------------------------
+
+
+def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: list[int],
+                      sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor]:
+    """`dyme.sequence_logprobs`, with sequences packed end to end after their prompt."""
+    temperatures = torch.tensor([temperature if s.explore else 1.0 for s in sequences])  # (N,)
+    with policy.autocast():
+        return packed_logprobs(model, inputs, prompts, [s.ids for s in sequences], temperatures)
+
+
+def packed_logprobs(model: Model, inputs: Inputs, prompts: list[int], sequences: list[list[int]],
+                    temperature: Tensor, limit: int = 0) -> tuple[Tensor, Tensor]:
+    """Log-probs and mask, (N, T), of N sequences of ids at `temperature: (N,)`.
+
+    R rows of Q tokens hold them; each token sees its prompt and its own sequence so far, not its
+    neighbours. A row holds up to `limit` tokens (0: as many as a prompt has).
+    """
+    device, lengths = inputs["input_ids"].device, torch.tensor([len(ids) for ids in sequences])
+    limit = limit or inputs["input_ids"].shape[1]
+    # Nothing is predicted from a sequence's last token, so it is left out of the input.
+    row_prompts, rows, starts = pack(prompts, (lengths - 1).tolist(), limit)
+    prefix = dyme.encode_prefix(model, inputs, torch.tensor(row_prompts, device=device))  # batch R
+
+    Q = max(start + len(ids) - 1 for start, ids in zip(starts, sequences, strict=True))
+    tokens = torch.zeros(len(row_prompts), Q, dtype=torch.long)
+    offsets = torch.zeros_like(tokens)  # a token's distance from the end of its prompt
+    owner = torch.full_like(tokens, -1)  # the sequence that a token belongs to; -1 is padding
+    # Where the state that predicts each of the M tokens will be found.
+    state_row, state_column = [], []
+    for n, ids in enumerate(sequences):
+        row, start, fed = rows[n], starts[n], len(ids) - 1
+        tokens[row, start:start + fed] = torch.tensor(ids[:-1], dtype=torch.long)
+        offsets[row, start:start + fed] = torch.arange(fed)
+        owner[row, start:start + fed] = n
+        # Column 0 holds the prompt's last state, which predicts token 0. Token t is predicted by
+        # the state of token t - 1, which stands in column start + t.
+        state_row += [row] * len(ids)
+        state_column += [0, *range(start + 1, start + len(ids))]
+
+    states = prefix.hidden[:, None]  # (R, 1, D)
+    if Q:
+        visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
+        new = extend(model, prefix, tokens.to(device), offsets.to(device), visible.to(device))
+        states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
+    predicted = torch.tensor([*itertools.chain(*sequences)], device=device)  # (M,)
+    temperatures = temperature.to(device).repeat_interleave(lengths.to(device))  # (M,)
+    logprobs = token_logprobs(model, states[state_row, state_column], predicted, temperatures)
+    padded = pad_sequence(logprobs.split(lengths.tolist()), batch_first=True)  # (N, T)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded, mask.long().to(device)
+
+
+def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tensor,
+                   chunk: int = 1024) -> Tensor:
+    """Log-probs (M,) of tokens `ids: (M,)` after states `hidden: (M, D)`."""
+
+    def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
+        logits = dyme.next_logits(model, hidden).div_(temperature[:, None])  # (M, V)
+        return -F.cross_entropy(logits, ids, reduction="none")
+
+    if len(ids) <= chunk:
+        return part(hidden, ids, temperature)
+    # Logits are made for `chunk` tokens at a time, and once more in the backward pass, so that all
+    # M of them (gigabytes in float32) never exist at once.
+    logprobs = []
+    for piece in zip(*(x.split(chunk) for x in (hidden, ids, temperature)), strict=True):
+        of_piece = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
+        logprobs.append(of_piece)
+    return torch.cat(logprobs)
+
+
+def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int], ...]:
+    """Lay sequences that continue `prompts` end to end, in rows of up to `limit` tokens.
+
+    Returns the prompt of every row, and the row and the start of every sequence.
+    """
+    # So nothing is padded to the longest sequence, and sequences share a copy of their prompt. But
+    # attention grows with the square of a row's length: it is kept no longer than the prompt.
+    row_prompts: list[int] = []
+    rows, starts, used = [], [], 0
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if not row_prompts or row_prompts[-1] != prompt or used + length > limit:
+            row_prompts.append(prompt)
+            used = 0
+        rows.append(len(row_prompts) - 1)
+        starts.append(used)
+        used += length
+    return row_prompts, rows, starts
+
+
+# ---- Attention: query heads that share keys and values, with a mask, without copies --------------
+# transformers repeats keys and values for every query head as soon as there is a mask: in decoding
+# that is the whole cache, in every layer, for every token (7 times the memory traffic on
+# SmolVLM-256M).
+
+
+def use_grouped_attention(model: Model) -> None:
+    """Let the language model attend by `grouped_attention`; the vision tower has no groups."""
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", grouped_mask)
+    model.config.get_text_config()._attn_implementation = "grouped"
+
+
+def grouped_attention(module: Model, query: Tensor, key: Tensor, value: Tensor,
+                      mask: Tensor | None, scaling: float | None = None,
+                      **kwargs: Any) -> tuple[Tensor, None]:
+    """softmax(q k^T scaling + mask) v, (B, Q, H, D).
+
+    `query: (B, H, Q, D)`, `key, value: (B, G, S, D)`. Heads h H/G to (h + 1) H/G - 1 share the keys
+    of group h: they are treated as H/G times Q queries of one head, for which the mask,
+    (B, 1, H/G Q, S) from `additive_mask`, has a row each.
+    """
+    if mask is None:  # causal, which the kernels know by themselves, groups included
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    B, H, Q, D = query.shape
+    folded = query.reshape(B, key.shape[1], -1, D)  # (B, G, H/G Q, D)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(B, H, Q, -1).transpose(1, 2).contiguous(), None
+
+
+def grouped_mask(*args: Any, config: Any, dtype: torch.dtype = torch.float32,
+                 **kwargs: Any) -> Tensor | None:
+    """The mask of a pass as transformers describes it, in the form for `grouped_attention`."""
+    visible = sdpa_mask(*args, config=config, dtype=dtype, **kwargs)
+    return None if visible is None else additive_mask(visible, config, dtype)
+
+
+def additive_mask(visible: Tensor, config: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What to add to scores, (B, 1, H/G Q, S): 0 where `visible: (B, 1, Q, S)`, else the lowest.
+
+    Made once for all layers: from a mask of booleans each layer would make its own, and keep it
+    for the backward pass.
+    """
+    device = visible.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    B, _, Q, S = visible.shape
+    # CUDA's kernels copy a mask whose rows are not a multiple of 8 apart.
+    mask = torch.zeros(B, 1, repeats, Q, -(-S // 8) * 8, dtype=dtype, device=visible.device)
+    mask = mask[..., :S].masked_fill_(~visible[:, :, None], torch.finfo(dtype).min)
+    return mask.flatten(2, 3)
+
+
+# ---- A frozen vision tower runs once per batch of images -----------------------------------------
+
+
+def encode_images_once(model: Model) -> None:
+    """Keep a frozen tower's output for a batch, from sampling to the update, with its pixels.
+
+    A tower with a part that trains, such as Qwen's with its connector inside, runs every time.
+    """
+    # What is kept is the tower's output *before* the connector. Kept after it, the connector would
+    # get no gradient: it would be frozen too, without a word.
+    kept = WeakTensorKeyDictionary()  # for as long as the pixels live, and for these alone
+    pixels: list[Tensor | None] = [None]
+
+    def remember_pixels(_: Model, __: Any, inputs: dict[str, Any]) -> None:
+        pixels[0] = inputs.get("pixel_values")
+
+    def encode(tower: Model, *args: Any, **kwargs: Any) -> Any:
+        key = pixels[0]
+        if key is None or any(p.requires_grad for p in tower.parameters()):
+            return type(tower).forward(tower, *args, **kwargs)
+        if key not in kept:
+            kept[key] = type(tower).forward(tower, *args, **kwargs)
+        return copy.copy(kept[key])  # models write into the output that they are given
+
+    model.base_model.register_forward_pre_hook(remember_pixels, with_kwargs=True)
+    for tower in dyme.vision_towers(model):
+        tower.forward = functools.partial(encode, tower)
+
+
+# ---- CUDA graphs: a step of decoding is recorded once and replayed -------------------------------
+
+
+class Recorder:
+    """A device's stream for recording, and the memory pool that its graphs share."""
+
+    # torch.cuda.graph() would wait for the device and empty the allocator's cache every time.
+    def __init__(self, device: int) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.latest: Any = None  # kept: without a graph alive the pool can't be recorded into again
+
+
+recorder = functools.cache(Recorder)  # one for each device
+
+
+def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step, which must read and write fixed tensors alone; what to call in its place.
+
+    If that fails, the step itself, now and ever after. Raises torch.OutOfMemoryError as such.
+    """
+    if hasattr(model, "uncapturable"):  # it failed before, and would fail again
+        return step
+    graph, own = torch.cuda.CUDAGraph(), recorder(torch.cuda.current_device())
+    own.stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(own.stream):
+            # Other threads, which prepare the next step's images, go on meanwhile.
+            graph.capture_begin(pool=own.pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        # Where the step fails, ending the recording fails too: the first error is the cause.
+        cause = error.__context__ or error
+        recorder.cache_clear()  # its pool may be left open
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None  # a matter of memory, not of graphs
+        model.uncapturable = True
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
+        runs.say(f"decoding without a CUDA graph, slowly: {reason}")
+        return step
+    torch.cuda.current_stream().wait_stream(own.stream)
+    own.latest = graph
+    return graph.replay
+
+
+# ---- Matrix products on a CPU by oneDNN ----------------------------------------------------------
+# PyTorch takes MKL for float32: half as fast on the AMD processor measured.
+
+
+def use_onednn(model: Model, least: float = 2e6) -> None:
+    """Let linear layers multiply by oneDNN on an x86 processor, if there are `least` weights."""
+    large = sum(p.numel() for p in model.parameters()) >= least  # the toy keeps its rounding
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    if large and on_cpu and x86:
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = Linear
+
+
+class Linear(torch.nn.Linear):
+    """A linear layer that multiplies by oneDNN in float32; in half precision PyTorch does so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x: (..., D)` to (..., W)."""
+        for_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+        if not for_onednn or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        y = Product.apply(x.reshape(-1, self.in_features), self.weight)
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class Product(torch.autograd.Function):
+    """x w^T of `x: (M, D)` and `w: (W, D)`, with its gradients g w and g^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        """The product, (M, W)."""
+        ctx.save_for_backward(x, w)
+        return product(x, w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and w."""
+        x, w = ctx.saved_tensors
+        of_x = product(g, w.t()) if ctx.needs_input_grad[0] else None
+        of_w = product(g.t(), x.t()) if ctx.needs_input_grad[1] else None
+        return of_x, of_w
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of `a: (M, D)` and `b: (N, D)`, (M, N); needs no contiguous memory."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
