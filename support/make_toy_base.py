@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import dyme
 from dyme import Policy, Sequence
-from support import runs, toy
+from support import fast, runs, toy
 
 SEED, STEPS, BATCH, LR, WARMUP = 1, 900, 64, 3e-3, 50
 FLAGGED = 0.04  # share of lessons (but for descriptions) that end in the answer format
@@ -22,7 +22,7 @@ def new_policy(seed: int) -> Policy:
     """The tiny model with random weights, on the CPU."""
     words = toy.vocabulary(dyme.PROMPT)
     model, processor = toy.build_model(seed, words), toy.build_processor(words)
-    return dyme.make_policy(model, processor, torch.device("cpu"))
+    return fast.speed_up(dyme.make_policy(model, processor, torch.device("cpu")))
 
 
 def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
@@ -38,9 +38,10 @@ def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
         for i, (example, response) in enumerate(part):
             ids = dyme.target_ids(policy, example, response, prompt="{question}")
             targets.append(Sequence(i, ids, 1 / batch, explore=False))
-        logprobs, mask, explore = dyme.sequence_logprobs(
+        logprobs, mask = policy.logprobs(
             policy, policy.model, inputs, [*range(batch)], targets, temperature=1.0)
-        dyme.policy_loss(logprobs, mask, torch.full((batch,), 1 / batch), explore).backward()
+        weights, explore = torch.full((batch,), 1 / batch), torch.zeros(batch, dtype=torch.bool)
+        dyme.policy_loss(logprobs, mask, weights, explore).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / WARMUP, 1 - 0.9 * step / steps)

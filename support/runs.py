@@ -429,6 +429,7 @@ def complain(message: str, code: int) -> int:
 
 
 def keep_freed_memory() -> None:
+    if os.environ.get("NOMALLOPT"): return
     """Have glibc reuse large blocks, not return them: fresh pages took 40 % of an update on the CPU."""
     with contextlib.suppress(OSError, AttributeError):  # other systems manage memory in other ways
         libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
