@@ -27,7 +27,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,12 +45,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
 from reward import Example, reference_response, thinking_f1, verify
 from support import DivergedError, UserError, parallel, references, runs, settings, thinking
 
-Model = torch.nn.Module
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 
 # ---- Settings: every field is a flag -------------------------------------------------------------
@@ -439,8 +439,8 @@ class Samples:
 
     ids: Tensor  # (N, T)
     mask: Tensor  # (N, T) 1 up to and including the end token
-    finished: Tensor  # (N,) bool: an end token came before the length limit
     entropy: Tensor  # (N, T) of the distributions sampled from, in nats
+    finished: Tensor  # (N,) bool: an end token came before the length limit
 
 
 @torch.no_grad()
@@ -461,8 +461,8 @@ def sample(model: Model, prefix: Prefix, uniforms: Tensor, end_ids: list[int], p
             break
         states = extend(model, prefix, ids[-1][:, None], torch.stack(mask, dim=1))  # (N, 1, D)
         hidden = states[:, -1]
-    ids, mask, entropies = (torch.stack(x, dim=1) for x in (ids, mask, entropies))
-    return Samples(ids, mask, ~alive, entropies)
+    stack = functools.partial(torch.stack, dim=1)
+    return Samples(stack(ids), stack(mask), stack(entropies), ~alive)
 
 
 @dataclass
@@ -625,20 +625,23 @@ class Trainer:
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
 
 
+NONE = torch.zeros(0)  # in SFT, which samples nothing
+
+
 @dataclass
 class Step:
-    """What a step did with this process's p prompts; what is sampled is None in SFT."""
+    """What a step did with this process's p prompts."""
 
     step: int
     examples: list[Example]
     inputs: Iterable[Inputs]
     explore: Tensor  # (p,) bool
     sequences: list[Sequence]
-    responses: list[list[Response]] | None = None  # p lists of K
-    r_a: Tensor | None = None  # (p, K), as the next three
-    r_t: Tensor | None = None
-    rewards: Tensor | None = None
-    advantages: Tensor | None = None
+    responses: list[list[Response]] = field(default_factory=list)  # p lists of K; none in SFT
+    r_a: Tensor = NONE  # (p, K), as the next three
+    r_t: Tensor = NONE
+    rewards: Tensor = NONE
+    advantages: Tensor = NONE
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -721,7 +724,7 @@ def update(trainer: Trainer, done: Step, lr: float, clock: list[float]) -> None:
             # gradient. Means of micro-batches, averaged again, would be wrong.
             weights = torch.tensor([s.weight for s in chosen], device=mask.device)
             explore = torch.tensor([s.explore for s in chosen], device=mask.device)
-            factors = 1.0
+            factors: Tensor | float = 1.0
             if any(s.per_token for s in chosen):
                 factors = token_factors(chosen, logprobs.detach())
             loss = policy_loss(logprobs, mask, weights, explore, factors)
@@ -801,7 +804,7 @@ def step_metrics(done: Step, sequences: list[Sequence], totals: dict[str, float]
     targets = [len(s.ids) for s in sequences if not s.explore]
     totals |= {"sequences": len(sequences), "targets": len(targets), "explored":
                done.explore.sum().item(), "target_tokens": sum(targets)}
-    if done.responses is not None:
+    if done.responses:
         # Sampled responses only, never mixed with the targets that stood in for them.
         ys = [*itertools.chain(*done.responses)]
         totals |= {
@@ -900,8 +903,9 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     runs.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
     runs.say(f"step {step}: " + thinking.one_line(summary))
-    if step and summary["accuracy"] > trainer.best:
-        trainer.best = summary["accuracy"]
+    accuracy = summary["accuracy"]
+    if step and accuracy > trainer.best:
+        trainer.best = accuracy
         save_policy(trainer.policy, run / "best")
 
 
@@ -1039,7 +1043,7 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
     return parallel.for_device(inputs, policy.device)
 
 
-def feed_prompts(trainer: Trainer, steps: range) -> Iterator[Inputs]:
+def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
     """This process's encoded micro-batches; threads prepare the next step's meanwhile."""
     cfg = trainer.cfg
 

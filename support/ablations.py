@@ -78,7 +78,7 @@ def memorize_failures(trainer: Trainer, done: Step, size: int) -> list[Sequence]
     # From here on it is a step of SFT on other prompts.
     done.examples, done.inputs = batch, dyme.encoded(trainer, batch, None)
     done.explore = torch.zeros(len(batch), dtype=torch.bool)
-    done.responses = done.r_a = done.r_t = done.rewards = done.advantages = None
+    done.responses = []
     targets = []
     for i, example in enumerate(batch):
         targets.append(Sequence(i, dyme.target_ids(trainer.policy, example), 1 / size, False))

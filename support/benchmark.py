@@ -135,7 +135,7 @@ def step_floor(cfg: Config, policy: Policy,
     inputs = dyme.encode_prompts(policy, chunk, cfg.max_new_tokens)
     rows = [p for p in range(len(chunk)) for _ in range(cfg.generations)]
     sequences = [Sequence(p, [0] * cfg.max_new_tokens, 1.0, True) for p in rows]
-    work, caches = Counter[str](), []
+    work, caches = dict[str, float](), []
     for part in ("with images", "prompt", "update"):
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             if part == "update":

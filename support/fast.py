@@ -125,7 +125,7 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
         step()
     T = int(decoder.mask.sum(1).max())
     ids, mask, entropy = (x[:, :T] for x in (decoder.ids, decoder.mask, decoder.entropy))
-    return Samples(ids, mask, ~decoder.alive, entropy)
+    return Samples(ids, mask, entropy, ~decoder.alive)
 
 
 class Decoder:
@@ -206,10 +206,11 @@ class Slots(DynamicLayer):
         self.slots = slots  # (K,) shared by all layers: where the K tokens of this step go
         self.end = keys.shape[2]  # so much of the room is attended to: the rest is still empty
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write `keys, values: (P, G, K, D)` of the new tokens; all keys and values so far."""
-        self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.slots, values.to(self.values.dtype))
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any,
+               **__: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values of the new tokens, (P, G, K, D); all keys and values so far."""
+        self.keys.index_copy_(2, self.slots, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slots, value_states.to(self.values.dtype))
         return self.keys[:, :, :self.end], self.values[:, :, :self.end]
 
 

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -174,7 +174,7 @@ def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterable[Job],
-               ahead: int) -> Iterator[Result]:
+               ahead: int) -> Generator[Result]:
     """Yield `work(job, processor)` of each job, in order; up to `ahead` are done before their turn.
 
     Each thread has a copy of the processor, because a tokenizer cannot serve two.

@@ -31,7 +31,7 @@ def _group(done: Any, tokenizer: Any, p: int) -> dict[str, Any]:
 
 def _responses(done: Any, p: int) -> list[dict[str, Any]]:
     """Text, rewards and advantage of each response to prompt `p`; none in SFT."""
-    if done.responses is None:
+    if not done.responses:
         return []
     parts = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards, "advantage": done.advantages}
     rows = []
