@@ -231,9 +231,7 @@ def make_policy(model: Model, processor: Any, device: torch.device,
 
     # Padding goes to the left of prompts: a response must begin right after its prompt.
     tokenizer.padding_side = "left"
-    image_processor = getattr(processor, "image_processor", None)
-    if image_edge and "longest_edge" in (getattr(image_processor, "size", None) or {}):
-        image_processor.size["longest_edge"] = image_edge
+    limit_edge(getattr(processor, "image_processor", None), image_edge)
 
     # Model, tokenizer and template may each name another id, or several, or none.
     configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()
@@ -245,13 +243,26 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     # Half precision for forward passes on CUDA. The weights stay float32: in bf16 a step of 1e-5
     # would be lost in rounding.
-    autocast = contextlib.nullcontext
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device.type == "cuda":
         autocast = functools.partial(torch.autocast, "cuda", dtype=parallel.half_precision())
     # eval() for good: with dropout in the update, responses would be trained under another
     # distribution than the one they were sampled from.
     return Policy(model.eval(), processor, tokenizer, sorted(end_ids), pad_id, device, limit,
                   autocast, rollout, sequence_logprobs, image_edge)
+
+
+def limit_edge(image_processor: Any, image_edge: int) -> None:
+    """Keep an image processor from enlarging or tiling what `--image-edge` has made small."""
+    size = getattr(image_processor, "size", None) or {}
+    # SmolVLM scales every image up to its longest edge. In Qwen-VL the name means an area, which
+    # an image that is small already does not reach.
+    if image_edge and 0 < (size.get("longest_edge") or 0) < 10_000:
+        size["longest_edge"] = image_edge
+    # InternVL cuts an image into tiles by its shape, however small it is.
+    if image_edge and hasattr(image_processor, "max_patches"):
+        tile = size.get("height") or 448
+        image_processor.max_patches = max(1, (image_edge // tile) ** 2)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
@@ -263,7 +274,7 @@ PROMPT = ("Think step by step about the question below, "
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
     """Render a user's prompt, and perhaps a response, with the chat template. Raises UserError."""
     content = [{"type": "image"}] * has_image + [{"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": content}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if response is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
     if not hasattr(processor, "image_processor"):

@@ -187,11 +187,14 @@ def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterabl
     def take_processor() -> None:
         local.processor = free.pop()
 
+    def run(job: Job) -> Result:
+        return work(job, local.processor)
+
     waiting: collections.deque[Future[Result]] = collections.deque()
     pool = ThreadPoolExecutor(threads, initializer=take_processor)
     try:
         for job in jobs:
-            waiting.append(pool.submit(lambda job=job: work(job, local.processor)))
+            waiting.append(pool.submit(run, job))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
