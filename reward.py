@@ -25,6 +25,7 @@ class Example:
     name: str = ""  # for messages: the file and row it came from
     accepts: Callable[[str, float], bool] | None = None  # a domain's own check of (answer, tolerance)
     scores: dict[str, Callable[[str], float]] = field(default_factory=dict)  # a domain's own scores
+    tolerance: float = 0.0  # relative error that evaluation forgives (ChartQA: 0.05), not r_a
 
 
 # ---- Parsing a response --------------------------------------------------------------------------
