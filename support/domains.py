@@ -1,193 +1,340 @@
-"""Other domains: a reader of rows and a check of answers each."""
+"""Published data sets: how rows are read and answers checked; traces for them (`--hints`)."""
 
+import ast
 import fnmatch
 import functools
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from huggingface_hub import hf_hub_download
 
 import reward
-from reward import NUMBER, Example
-from support import UserError, hub, rows
+from reward import Example
+from support import UserError, data, parallel
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A data set in its published layout: `--data NAME:FOLDER`, or NAME alone where it can be downloaded."""
+    """A data set as published: `--data NAME:FOLDER`, or NAME alone where it can be downloaded."""
 
-    files: dict[str, str]  # split: pattern of its file's name; without val, a tenth of train is held back
-    row: Callable[[dict[str, Any], Any, str], Example | None]  # (row, folder, name) to an example, if usable
+    files: dict[str, str]  # split: pattern of its file's name; val is else a tenth of train
+    row: Callable[[dict[str, Any], Any, str], Example | None]  # (row, folder, name); None: ignored
     page: str  # where to get it
     hub: tuple[str, ...] = ()  # data set id and files, where they are plain JSON and zip
 
 
-def read(data: str, split: str) -> list[Example]:
-    """Read a split of a domain. Raises UserError naming the file, the row, or the page to get it from."""
-    name, _, folder = data.partition(":")
+def read(source: str, split: str) -> data.Rows:
+    """Read a split of a domain. Raises UserError naming the file, or the page to get it from."""
+    name, _, folder = source.partition(":")
     domain = DOMAINS[name]
     part = "train" if split == "val" and "val" not in domain.files else split
     if part not in domain.files:
-        raise UserError(f"--data {data}: has no {split} split (it has {', '.join(domain.files)})")
-    root = Path(folder) if folder else download(name, domain)
+        raise UserError(f"--data {source}: has no {split} split (it has {', '.join(domain.files)})")
+    advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
+    root = Path(folder) if folder else download(name, domain.hub, advice).parent
     found = sorted(f for f in root.glob("*") if fnmatch.fnmatch(f.name, domain.files[part]))
     if not found:
-        raise UserError(f"--data {data}: no file {domain.files[part]} there; get it from {domain.page} and "
-                        f"give its folder as --data {name}:FOLDER")
-    examples = []
-    for i, row in enumerate(rows.parse_rows(found[0]), 1):
+        raise UserError(f"--data {source}: no file {domain.files[part]} there; {advice}")
+    rows, skipped = read_usable(found[0], lambda row, name: domain.row(row, root, name))
+    groups = [] if "val" in domain.files else [e.source + e.question for _, e in rows]
+    return [example for _, example in rows], groups, skipped
+
+
+def read_usable(file: Any, make: Callable[[Any, str], Example | None]
+                ) -> tuple[list[tuple[Any, Example]], list[str]]:
+    """A published file's rows and what `make(row, name)` makes of them; why others are skipped."""
+    rows, skipped = [], []
+    for place, row in data.parse_rows(file):
+        name = f"{file.name} {place}"
         try:
-            example = domain.row(row, root, f"{found[0].name} row {i}")
-            if example and not (example.question.strip() and str(example.answer).strip()):
-                raise ValueError("its question or answer is empty")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"{found[0].name} row {i}: is not a row of {name} ({error!r})") from None
-        examples += [example] if example else []
-    if not examples:
-        raise UserError(f"--data {data}: {found[0].name} has no usable row")
-    if "val" in domain.files or split == "test":
-        return examples
-    return rows.hold_back(examples, [e.source + e.question for e in examples], split, data)
+            example = make(row, name)
+            for key in ("question", "answer") if example else ():
+                if not data.visible(getattr(example, key)):
+                    raise ValueError(f"expected a string as {key}, got {getattr(example, key)!r}")
+            rows += [(row, example)] if example else []
+        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError, UserError) as e:
+            why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
+            skipped.append(f"{name}: {why.removeprefix(f'{name}: ')[:200]}")
+    return rows, skipped
 
 
-def download(name: str, domain: Domain) -> Path:
-    """Fetch a domain's files from the hub. Raises UserError naming the page to get them from by hand."""
-    advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
-    if not domain.hub:
+def download(name: str, hub: tuple[str, ...], advice: str, revision: str | None = None) -> Path:
+    """Fetch files from the hub, or find them where it put them before; the path of the first."""
+    if not hub:
         raise UserError(f"--data {name}: cannot be downloaded from here; {advice}")
-    paths = [hub.download(name, domain.hub[0], file, advice) for file in domain.hub[1:]]
-    return Path(paths[0]).parent
+    try:
+        return [Path(hf_hub_download(hub[0], file, repo_type="dataset", revision=revision))
+                for file in hub[1:]][0]
+    except Exception as error:  # noqa: BLE001 - the client raises many kinds, alike to the user
+        raise UserError(f"--data {name}: {hub[0]} cannot be downloaded ({type(error).__name__}); "
+                        f"{advice} (HF_HUB_OFFLINE=1 takes what is here already)") from None
 
 
-def find_image(root: Path, folders: Iterable[str], image: str, name: str) -> Callable[[], Image.Image]:
-    """Find an image in one of several folders, or in a zip of a folder's name."""
+def find_image(root: Path, folders: tuple[str, ...], image: str, name: str) -> Any:
+    """Find an image in one of several folders, or in a zip of a folder's name; None without one."""
+    places: list[Any] = []
     for folder in folders:
-        if (root / folder / image).is_file():
-            return rows.image_opener(root / folder / image, name)
-        if (root / f"{folder}.zip").is_file():
-            inside = open_zip(root / f"{folder}.zip")
-            inside = inside / folder if (inside / folder).is_dir() else inside
-            return rows.image_opener(inside / image, name)
-    return rows.image_opener(root / next(iter(folders)) / image, name)
+        places += [root / folder, *open_zip(root / f"{folder}.zip")]
+    found = [place / image for place in places if (place / image).is_file()]
+    return data.image_opener((found or [places[0] / image])[0], name) if image else None
 
 
 @functools.cache
-def open_zip(file: Path) -> zipfile.Path:
-    """A zip, opened once for all rows: each opening reads its list of files, and keeps a file open."""
-    return zipfile.Path(file)
+def open_zip(file: Path) -> tuple[zipfile.Path, ...]:
+    """Where a zip's images may be. Opened once for all rows: each opening reads its whole list."""
+    return (zipfile.Path(file, f"{file.stem}/"), zipfile.Path(file)) if file.is_file() else ()
+
+
+# ---- A-OKVQA, SLAKE, GSM8K -----------------------------------------------------------------------
 
 
 def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
     """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right.
 
-    Two scores are named: *official* is the published soft accuracy, *any_match* that of the DyME release. As
-    there, the target is the correct choice (if it is a direct answer), the trace the longest rationale.
+    *official* is the published soft accuracy, without the rows marked difficult; *any_match* is the
+    release's. As there, the target is the correct choice (if it is a direct answer), the trace the
+    longest rationale.
     """
-    answers, choices = row["direct_answers"], row.get("choices") or []
-    said = Counter(reward.plain(answer) for answer in answers)
-    scores: dict[str, Callable[[str], float]] = {
-        "official": lambda answer: min(said[reward.plain(answer)] / 3, 1.0),
-        "any_match": lambda answer: float(reward.plain(answer) in said)}
+    keys = ("direct_answers", "choices", "rationales")
+    answers, choices, rationales = (read_list(row, key) for key in keys)
+    said = Counter(map(reward.plain, answers))
+    difficult = bool(row.get("difficult_direct_answer"))
+    scores: dict[str, Callable[[str], Any]] = {
+        "official": lambda given: None if difficult else min(said[reward.plain(given)] / 3, 1.0),
+        "any_match": lambda given: float(reward.plain(given) in said)}
     target = Counter(answers).most_common(1)[0][0]
     if choices:
-        index = row["correct_choice_idx"]
-        if index not in range(len(choices)):
-            raise ValueError(f"correct_choice_idx {index} is none of its choices")
-        choice = choices[index]
-        scores["multiple_choice"] = lambda answer: float(reward.plain(answer) == reward.plain(choice))
+        if row["correct_choice_idx"] not in range(len(choices)):
+            raise ValueError("its correct_choice_idx is none of its choices")
+        choice = choices[row["correct_choice_idx"]]
+        scores["multiple_choice"] = lambda given: float(reward.plain(given) == reward.plain(choice))
         target = choice if reward.plain(choice) in said else target
     image = find_image(root, (f"{row['split']}2017", "images"), f"{row['image_id']:012}.jpg", name)
-    return Example(row["question"], target, image, max(row["rationales"], key=len, default=None), name=name,
-                   scores=scores,
-                   accepts=lambda answer, limit: any(reward.answers_match(answer, a, limit) for a in answers))
+    return Example(row["question"], target, image, max(rationales, key=len, default=None),
+                   name=name, scores=scores,
+                   accepts=lambda given, _: any(reward.answers_match(given, a) for a in answers))
+
+
+def read_list(row: dict[str, Any], key: str) -> list[str]:
+    """A row's list of texts, which tables hold as one text: "['a', 'b']". Raises ValueError."""
+    found = row.get(key) or []
+    # Python would read NumPy's "['a' 'b']" as one item.
+    if isinstance(found, str) and not re.search(r"['\"]\s+['\"]", found):
+        found = ast.literal_eval(found)
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise ValueError(f"its {key} is no list of texts")
+    return [item for item in found if data.visible(item)]
 
 
 def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
-    """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by recall of words."""
+    """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by their words.
+
+    *official* is, for open ones, the published recall of words, which a list of many words meets.
+    Right (r_a) are the same words and no others, grouped by commas in the same way.
+    """
     if row["q_lang"] != "en":
         return None
-    words = words_of(row["answer"])
-    # An answer without a word ("+", say) has no recall: it must be met exactly.
-    closed = row["answer_type"] == "CLOSED"
+    answer, closed = row["answer"], row["answer_type"] == "CLOSED"
 
-    def recall(answer: str) -> float:
-        return len(words & words_of(answer)) / len(words)
+    def official(given: str) -> float:
+        words, said = (set(re.findall(r"\w+", text.lower())) for text in (answer, given))
+        if closed or not words:  # "+" has no word
+            return float(reward.plain(given) == reward.plain(answer))
+        return len(words & said) / len(words)
 
-    def exact(answer: str) -> float:
-        return float(reward.plain(answer) == reward.plain(row["answer"]))
+    def accepts(given: str, _: float) -> bool:
+        alike = not closed and parts_of(answer) and parts_of(given) == parts_of(answer)
+        return bool(alike) or reward.answers_match(given, answer)
 
-    score = exact if closed or not words else recall
-    return Example(row["question"], row["answer"], find_image(root, ("imgs",), row["img_name"], name),
-                   source="closed" if closed else "open", name=name, scores={"official": score},
-                   accepts=lambda answer, _: score(answer) == 1)
-
-
-def geo170k_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
-    """Geo170K (Gao et al., 2023): a question with choices; the given solution is the trace."""
-    said = {turn["from"]: turn["value"] for turn in row["conversations"]}
-    question = said["human"].partition("Question:")[2].strip() or said["human"].replace("<image>", "").strip()
-    thinking, answers = reward.split_response(said["gpt"])
-    if not answers:
-        return None  # no verifiable answer
-    return geometry_example(question, answers[-1], find_image(root, ("images",), row["image"], name), name,
-                            thinking)
+    return Example(row["question"], answer, find_image(root, ("imgs",), row["img_name"], name),
+                   source="closed" if closed else "open", name=name,
+                   accepts=accepts, scores={"official": official})
 
 
-def mathverse_row(row: dict[str, Any], root: Path, name: str) -> Example:
-    """MathVerse (Zhang et al., 2024), the test of the geometry domain."""
-    question = row["question"].strip() or "Answer the question that is in the image."
-    image = find_image(root, ("images",), row["image"], name)
-    return geometry_example(question, row["answer"], image, name)
-
-
-def geometry_example(question: str, answer: str, image: Callable[[], Image.Image], name: str,
-                     trace: str | None = None) -> Example:
-    """A question whose answer is a choice's letter, or its value; units and degree signs are forgiven."""
-    choices = dict(re.findall(r"^\(?([A-H])[:.)]\s*(.+)$", question, re.MULTILINE))
-
-    def accepts(given: str, tolerance: float) -> bool:
-        letter = re.fullmatch(r"\(?([A-H])\)?(?:[:.)].*)?", reward.strip_answer(given))
-        if letter and choices:
-            return letter[1] == reward.strip_answer(answer)[:1]
-        value = choices.get(reward.strip_answer(answer)[:1], answer)
-        return reward.answers_match(without_unit(given), without_unit(value), tolerance)
-
-    return Example(question, answer, image, trace, name=name, accepts=accepts,
-                   scores={"official": lambda given: float(accepts(given, 0.0))})
+def parts_of(text: str) -> list[list[str]]:
+    """The words between commas, in any order: "Left Lung, Right" is not "Right Lung, Left"."""
+    parts = re.split(r"[,;&]|\band\b", text.lower())
+    return sorted(sorted(words) for part in parts if (words := re.findall(r"\w+", part)))
 
 
 def gsm8k_row(row: dict[str, Any], _: Path, name: str) -> Example:
     """GSM8K (Cobbe et al., 2021): no image; the last number of an answer must be the right one."""
     solution, _, answer = row["answer"].rpartition("####")
-    target = float(answer.replace(",", ""))
+    if reward.parse_number(answer) is None:
+        raise ValueError("it does not end in #### and a number")
 
     def accepts(given: str, _: float) -> bool:
-        numbers = re.findall(rf"-?{NUMBER}", given)
-        return bool(numbers) and float(numbers[-1].replace(",", "")) == target
+        return any(reward.answers_match(text, answer) for text in (given, last_number(given)))
 
-    return Example(row["question"], answer.strip(), trace=re.sub(r"<<.*?>>", "", solution).strip(), name=name,
-                   accepts=accepts, scores={"official": lambda given: float(accepts(given, 0.0))})
-
-
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    return Example(row["question"], answer.strip(), name=name, accepts=accepts,
+                   trace=re.sub(r"<<.*?>>", "", solution).strip(),
+                   scores={"official": lambda given: float(accepts(given, 0.0))})
 
 
-def without_unit(text: str) -> str:
-    """Drop degree signs, units of length and area, and TeX around a value."""
-    text = re.sub(r"\$|\\\w+\{|[{}^]|\\circ", "", reward.strip_answer(text))
-    unit = r"\s*(?:°|º|degrees?|(?:centi|milli|kilo)?met(?:er|re)s?|[cmk]?m|units?)[23²³]?$"
-    return re.sub(unit, "", text.strip())
+def last_number(text: str) -> str:
+    """The last number of a text with its sign; empty if it is part of another: 1/18, 9 * 2, 18k."""
+    text = re.sub(r"\b(?:minus|negative)\b", "-", reward.strip_answer(text).lower())
+    text = re.sub(r"- ?[$€£]? ?(?=[\d.])", "-", text)
+    *_, last = [None, *re.finditer(reward.SIGNED, text)]
+    part_of = r"[a-z_]$|[/^*×÷]\s*$|[\d)%]\s*[+-]\s*$|\d[.,]$"
+    if not last or re.search(part_of, text[:last.start()]):
+        return ""
+    more = re.match(r"\s*(?:[/^]|k\b|thousand|million|billion)", text[last.end():])
+    return "" if more else last[0]
+
+
+# ---- Geometry ------------------------------------------------------------------------------------
+
+
+def geo170k_row(row: dict[str, Any], root: Path, name: str) -> Example:
+    """Geo170K (Gao et al., 2023): a question with choices; the given solution is the trace."""
+    said = {turn["from"]: turn["value"] for turn in row["conversations"]}
+    question = said["human"].partition("Question:")[2] or said["human"].replace("<image>", "")
+    thinking, answers = reward.split_response(said["gpt"])
+    image = find_image(root, ("images",), row["image"], name)
+    return geometry_example(question.strip(), ["", *answers][-1], image, name, thinking)
+
+
+def mathverse_row(row: dict[str, Any], root: Path, name: str) -> Example:
+    """MathVerse (Zhang et al., 2024), the test of the geometry domain."""
+    image = find_image(root, ("images",), row["image"], name)
+    seen = "Answer the question that is in the image." if image else ""
+    return geometry_example(row["question"].strip() or seen, row["answer"], image, name)
+
+
+def geometry_example(question: str, answer: str, image: Any, name: str,
+                     trace: str | None = None) -> Example:
+    """A question whose answer is a choice, by letter or value, or a value; units are forgiven."""
+    listed = re.findall(r"^\(?([A-H])[:.)][ \t]*(.*)$", question, re.MULTILINE)
+    choices = {letter: quantity(value) for letter, value in listed}
+    chosen, target = letters(answer, choices), quantity(answer)
+    # An answer that is the value of two choices is met by either letter.
+    right = [chosen] if chosen else [{c} for c in choices if same(choices[c], target)]
+    values = [choices[c] for c in choices if chosen == {c}] or [target]
+
+    def accepts(given: str, _: float) -> bool:
+        given = re.sub(LEAD_IN, "", reward.strip_answer(given))
+        said = letters(given, choices, unlisted=bool(chosen) and not choices)
+        return said in right if said else same(quantity(given), values[0])
+
+    return Example(question, answer, image, trace, name=name, accepts=accepts,
+                   scores={"official": lambda given: float(accepts(given, 0.0))})
+
+
+Quantity = tuple[str, str, str]  # the name, value and unit of "Area = 9π cm^2"
+
+
+LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+"
+
+
+def letters(text: str, choices: dict[str, Quantity], unlisted: bool = False) -> set[str]:
+    """The letters that a whole answer consists of: C; C (140°); C, because; C and D; else none.
+
+    A value beside a letter must be its own, unless the choices are `unlisted` in the question.
+    """
+    text = reward.strip_answer(text)
+    text = text.upper() if re.fullmatch(r"\(?[a-h]\)?", text) else text
+    if re.fullmatch(r"(?:[\s,;&().]*(?:and )?\b[A-H]\b)+[\s,;&().]*", text):
+        return set(re.findall(r"\b[A-H]\b", text))
+    match = re.fullmatch(r"\(?([A-H])\)?(?: *[:.,)=] *| - | *(?=\()| +(?=because|since))(.+)", text)
+    if not match:
+        return set()
+    letter, rest = match.groups()
+    value, texts = choices.get(letter), (rest, rest.removeprefix("(").removesuffix(")"))
+    fits = value and any(same(quantity(text), value) for text in texts)
+    return {letter} if fits or unlisted or re.match("because|since", rest) else set()
+
+
+# How formulas and units are written, and what is compared instead.
+TEX = (
+    (r"\\[dt]?frac ?{([^{}]*)} ?{([^{}]*)}", r"(\1)/(\2)"),
+    (r"(?:\\sqrt|√) ?{([^{}]*)}", r"√(\1)"),
+    (r"\\pi|(?<![a-z])pi(?![a-z])", "π"),
+    (r"[掳º]|degrees?|\^?{?\\circ}?", "°"),
+    (r"(?:(c)enti|(m)illi|(k)ilo)?(?:(m)et(?:er|re)|(g)ram|(l)it(?:er|re))s?", r"\1\2\3\4\5\6"),
+    (r"\\(?:left|right|angle|(?=\W))|[$~∠]|(?<!\d) | (?!\d)", ""),
+    # (3)/(4) is 3/4
+    (r"(?<=[/√^])[({](-?[\w.π]+)[)}]|(?<![\w)])\((-?[\w.π√]+)\)(?=/)", r"\1\2"),
+)
+UNIT = (r"(?<=[\dπ.)])(?:square|sq\.?|cubic)?([ckm]?m|米|k?g|l|km/h|units?)"
+        r"(?:\^?[23]|[²³]|squared|cubed)?$")
+
+
+def quantity(text: str) -> Quantity:
+    """What a formula, or a value with a unit, says: without TeX, spaces and degree signs."""
+    text = reward.strip_answer(text).lower()
+    for pattern, plain in TEX * 3:  # from the inside out
+        text = re.sub(pattern, plain, text)
+    text = re.sub(r"^(-?[\d.]+)=([a-z]\w*)$", r"\2=\1", text)
+    named = re.fullmatch(r"([a-z][\w.]*(?:\([a-z]\))?|\(x,y\)|)=([^=]+)", text)
+    name, value = named.groups() if named else ("", text)
+    value, *unit = re.split(UNIT, re.sub("°t?$", "", value))
+    return name, value.removesuffix("."), re.sub("units?", "", unit[0]) if unit else ""
+
+
+def same(given: Quantity, target: Quantity) -> bool:
+    """Equal in value; a name or a unit may be missing, but no other may stand there."""
+    names, (value, wanted), units = zip(given, target, strict=True)
+    variables = all(names) and max(map(len, names)) < 4  # x and y, but not A and Area
+    if variables and names[0] != names[1] or all(units) and units[0] != units[1]:
+        return False
+    # An interval such as [1, 2] would be taken for a list.
+    return value == wanted != "" or wanted[:1] != "[" and reward.answers_match(value, wanted)
+
+
+# ---- Traces of the release -----------------------------------------------------------------------
+
+
+def join(examples: list[Example], file: str) -> list[Example]:
+    """The rows that have a trace in a file, with it (Table S1: the paper trains on these).
+
+    Of several traces for one question and answer, a row takes the one that it has itself, or none:
+    the files do not say which image they belong to. Raises UserError.
+    """
+    traces: dict[tuple[str, str], set[tuple[str, str | None]]] = {}
+    for place, row in data.parse_rows(Path(file)):
+        try:
+            answer, facts = str(row["answer"]), row.get("visual_fact")
+            # GSM8K's marks for a calculator, and its answer line.
+            trace = re.sub(r"<<[^<>]*=[^<>]*>>", "", row.get("trace") or row["hint"] or "").strip()
+            solution, mark, last = trace.rpartition("####")
+            trace = solution.strip() if mark and reward.answers_match(last, answer) else trace
+            facts = facts if isinstance(facts, str) and facts else None
+            if trace:
+                traces.setdefault(key(row["question"], answer), set()).add((trace, facts))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"--hints {file} {place}: is not {{question, answer, hint}} "
+                            f"({error!r})") from None
+    joined = []
+    for example in examples:
+        found = traces.get(key(example.question, example.answer), set())
+        if len(found) > 1:
+            found = {pair for pair in found if pair[0] == (example.trace or "").strip()}
+        for trace, facts in found:  # one, or none
+            joined.append(replace(example, trace=trace, facts=facts or example.facts))
+    if not joined:
+        raise UserError(f"--hints {file}: has no trace for any row of --data (question, answer)")
+    if parallel.is_main():
+        print(f"--hints {file}: {len(joined)} training rows have a trace; the other "
+              f"{len(examples) - len(joined)} are left out")
+    return joined
+
+
+def key(question: str, answer: str) -> tuple[str, str]:
+    """What a row and its trace have in common: question and answer, typography apart."""
+    number = reward.parse_number(answer)
+    return reward.plain(question), reward.plain(answer) if number is None else str(number)
 
 
 DOMAINS = {
-    "aokvqa": Domain({"train": "aokvqa_v1p0_train*.json", "test": "aokvqa_v1p0_val*.json"}, aokvqa_row,
-                     "https://github.com/allenai/aokvqa (and train2017/, val2017/ of https://cocodataset.org)"),
+    "aokvqa": Domain({"train": "aokvqa_v1p0_train*.json", "test": "aokvqa_v1p0_val*.json"},
+                     aokvqa_row, "https://github.com/allenai/aokvqa (and train2017/, val2017/ of "
+                     "https://cocodataset.org)"),
     "slake": Domain({"train": "train*.json", "val": "valid*.json", "test": "test*.json"}, slake_row,
                     "https://huggingface.co/datasets/BoKelvin/SLAKE",
                     ("BoKelvin/SLAKE", "train.json", "validation.json", "test.json", "imgs.zip")),

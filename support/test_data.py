@@ -1,15 +1,13 @@
-"""Tests of what comes from outside: rows, images and traces that are odd or broken, the hub, the commands of the READMEs."""
+"""Tests of data: rows, pictures and traces, odd, broken or as published; the READMEs' commands."""
 
 import dataclasses
 import io
 import json
+import math
 import re
 import shlex
-import socket
 import sys
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,46 @@ from PIL import Image, PngImagePlugin
 import dyme
 import eval as evaluation
 from dyme import Config, Policy
-from reward import Example, reference_response
-from support import UserError, data, hub, models, references, rows, thinking, toy
+from reward import Example, reference_response, verify
+from support import UserError, chartqa, data, domains, models, thinking, toy
 from support import runs as run_folders
-from support.test_support import make_chartqa, write_image
 from test_dyme import CPU, SHARED, Capture, Patch, Row, run
+
+REAL = SHARED / "real"
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
+
+
+def right(example: Example, answer: str) -> bool:
+    """Is an answer right as a reward?"""
+    return verify(f"I think.\nAnswer: {answer}", example).correct
+
+
+def official(example: Example, answer: str) -> float | None:
+    return thinking.judge(example, f"I think.\nAnswer: {answer}", True)["official"]
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "white").save(path)
+
+
+def write_rows(file: Path, rows: Any) -> str:
+    """Write rows as the file's name asks; the name of the file."""
+    lines = file.suffix == ".jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return str(file)
+
+
+def wrong_against_themselves(examples: list[Example]) -> list[str]:
+    return [e.name for e in examples if not verify(reference_response(e), e).correct]
+
 
 # ---- Images --------------------------------------------------------------------------------------
 
 
 def opened(image: Image.Image, folder: Path, suffix: str, **options: Any) -> np.ndarray:
     image.save(folder / f"picture{suffix}", **options)
-    return np.asarray(rows.image_opener(folder / f"picture{suffix}", "row 1")())
+    return np.asarray(data.image_opener(folder / f"picture{suffix}", "row 1")())
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -58,7 +84,8 @@ def test_transparent_pictures_stand_on_white(tmp_path: Path, mode: str) -> None:
     (".tif", [0, 32768, 65535], np.int32, [0, 128, 255]),
     (".tif", [np.nan, -1.0, 1.0], np.float32, [0, 0, 255]),
 ])
-def test_deep_pictures_are_scaled(tmp_path: Path, suffix: str, values: list[float], dtype: type, shown: list[int]) -> None:
+def test_deep_pictures_are_scaled(tmp_path: Path, suffix: str, values: list[float], dtype: type,
+                                  shown: list[int]) -> None:
     image = Image.fromarray(np.array([values], dtype))
     assert opened(image, tmp_path, suffix)[0, :, 0].tolist() == shown
 
@@ -69,35 +96,114 @@ def test_a_photo_is_upright_and_broken_notes_cost_nothing(tmp_path: Path) -> Non
     image = Image.new("RGB", (4, 2), "white")
     image.putpixel((0, 1), (0, 0, 0))
     upright = opened(image, tmp_path, ".png", exif=notes)
-    assert upright.shape == (4, 2, 3) and (upright[0, 0] == 0).all()  # its lower left is now its upper left
+    assert upright.shape == (4, 2, 3)
+    assert (upright[0, 0] == 0).all()  # its lower left is now its upper left
     broken = PngImagePlugin.PngInfo()
     broken.add_text("Raw profile type exif", "\nexif\n4\nzz")
     assert opened(image, tmp_path, ".png", pnginfo=broken).shape == (2, 4, 3)
 
 
-# ---- Rows ----------------------------------------------------------------------------------------
+# ---- Your own rows -------------------------------------------------------------------------------
 
 
-def test_a_field_that_is_likely_a_slip_is_named(tmp_path: Path) -> None:
-    row = {"question": "q", "answer": "a", "image_id": 3}
-    for slip, meant in (("img", "image"), ("hints", "trace"), ("fact", "facts")):
-        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"q{i}", slip: "x"}) for i in range(3)))
-        with pytest.raises(UserError, match=f"row 1: `{slip}` is not read; did you mean `{meant}`"):
-            data.load_data(str(tmp_path / "rows.jsonl"), "train")
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"question": f"q{i}"}) for i in range(3)))
-    assert len(data.load_data(str(tmp_path / "rows.jsonl"), "train")) == 2
+def test_own_rows_hold_a_tenth_back_and_keep_an_image_together(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    found = [{"question": f"q{i}", "answer": i, "image": "a.png" if i < 2 else None, "hint": "h"}
+             for i in range(12)]
+    path = write_rows(tmp_path / "rows.jsonl", found)
+    train, val, test = (data.load_data(path, split) for split in ("train", "val", "test"))
+    assert len(train) + len(val) == len(test) == 12
+    assert len(val) == 1 or all(e.image for e in val)
+    assert test[3].answer == "3"
+    assert test[0].image().mode == "RGB"
+    assert {e.trace for e in test} == {"h"}
+    assert sorted(sum(e.image is not None for e in split) for split in (train, val)) == [0, 2]
+
+
+GOOD = {"question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize("rows, says", [
+    ([], "no list of rows"), ([{"question": "q"}], "row 1: `answer` is missing"),
+    ([GOOD | {"image": "b.png"}], "row 1: the image b.png"), ([GOOD], "two different"),
+    ([GOOD, 3], "row 2: is no object"), ([GOOD, None], "row 2: is no object"),
+    ([GOOD | {"trace": ["x"]}], "row 1: .*must be text"), ([GOOD | {"facts": {}}], "must be text"),
+    ([GOOD | {"answer": ["3"]}], "row 1: `answer` is a list"),
+    ([GOOD | {"answer": {}}], "row 1: `answer` is an object"),
+    ([GOOD | {"answer": True}], "row 1: `answer` is true or false"),
+    ([GOOD | {"answer": math.nan}], "row 1: `answer` is not a number"),
+    ([GOOD | {"answer": -math.inf}], "row 1: `answer` is not a number"),
+    ([GOOD | {"question": math.nan}], "row 1: `question` is not a number"),
+    ([GOOD | {"answer": "\u200b\ufeff"}], "row 1: `answer` is empty, or shows nothing"),
+    ([GOOD | {"answer": "\u3164"}], "row 1: `answer` is empty, or shows nothing"),
+    ([GOOD | {"answer": " \n"}], "row 1: `answer` is empty, or shows nothing"),
+    ([GOOD | {"question": "\u2060"}], "row 1: `question` is empty, or shows nothing"),
+    ([GOOD | {"img": "x"}], "row 1: `img` is not read; did you mean `image`"),
+    ([GOOD | {"hints": "x"}], "row 1: `hints` is not read; did you mean `trace`"),
+    ([GOOD | {"fact": "x"}], "row 1: `fact` is not read; did you mean `facts`"),
+])
+def test_an_own_row_that_cannot_be_used_is_refused_by_name(
+        tmp_path: Path, rows: list[Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        data.load_data(write_rows(tmp_path / "bad.json", rows), "train")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("{", r"bad.jsonl: cannot be read \(line 1: "),
+    (json.dumps(GOOD) + "\n\n{\n", r"bad.jsonl: cannot be read \(line 3: "),
+    (json.dumps(GOOD) + "\n\n" + json.dumps({"question": "q"}), "bad.jsonl line 3: `answer`"),
+])
+def test_a_jsonl_names_the_line_of_the_file(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        data.load_data(str(tmp_path / "bad.jsonl"), "train")
+
+
+@pytest.mark.parametrize("number, said", [
+    ("5e-05", "0.00005"), ("1e22", "10000000000000000000000"), ("2.50", "2.5"), ("-7", "-7"),
+    ("1E3", "1000.0"),
+])
+def test_a_number_in_json_is_an_answer_that_can_be_given(
+        tmp_path: Path, number: str, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "q", "answer": {number}}}')
+    example, = data.load_data(str(tmp_path / "rows.jsonl"), "test")
+    assert example.answer == said
+    assert right(example, said)
+
+
+def test_what_looks_like_a_trace_and_is_not_read_is_told(tmp_path: Path, capsys: Capture) -> None:
+    for i, field in enumerate(("rationale", "reasoning", "cot", "solution", "Explanation")):
+        rows = [{"question": f"q{j}", "answer": "a", field: "because"} for j in range(11)]
+        train = data.load_data(write_rows(tmp_path / f"{i}.json", rows), "train")
+        said = capsys.readouterr().out
+        assert f"what looks like a trace is not read: {field}; name it `trace`" in said
+        assert "10 without a trace" in said
+        assert not train[0].trace
+    rows = [{"question": f"q{j}", "answer": "a", "trace": "so", "solution": "b"} for j in range(11)]
+    data.load_data(write_rows(tmp_path / "rows.json", rows), "train")
+    assert capsys.readouterr().out == ""
 
 
 def test_half_a_character_is_replaced_and_its_row_named(runs: Path, capsys: Capture) -> None:
     smile = "\U0001f600"
-    found = [{"question": f"What is {i}? {smile}", "answer": "red", "hint": f"Red. {smile}"} for i in range(12)]
+    found = [{"question": f"What is {i}? {smile}", "answer": "red", "hint": f"Red. {smile}"}
+             for i in range(12)]
     found[4] |= {"question": "What \ud83d?", "hint": "Half \udc00."}
-    (runs / "rows.json").write_text(json.dumps(found))  # JSON writes them as \ud83d
-    examples = rows.read_rows(runs / "rows.json", "test")
-    assert examples[4].question == "What \ufffd?" and examples[4].trace == "Half \ufffd." and smile in examples[5].trace
-    assert "rows.json: 1 rows hold half a character" in (said := capsys.readouterr().out) and "the first is row 5" in said
-    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json"), "--steps", "2", "--mode", "sft"]
-    assert run(runs, "a", *flags) == 0 == run(runs, "a", "--resume")
+    found[5]["facts"] = "\\ud83d is no half"
+    path = write_rows(runs / "rows.json", found)  # JSON writes them as \ud83d
+    examples = data.load_data(path, "test")
+    said = capsys.readouterr().out
+    assert examples[4].question == "What \ufffd?"
+    assert examples[4].trace == "Half \ufffd."
+    assert examples[5].trace == f"Red. {smile}"
+    assert examples[5].facts == "\\ud83d is no half"
+    assert "rows.json: 1 rows hold half a character" in said
+    assert "the first is row 5" in said
+    flags = ["--model", str(toy.BASE), "--data", path, "--steps", "2", "--mode", "sft"]
+    assert run(runs, "a", *flags) == 0
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def spoil(archive: Path, name: str, how: str) -> None:
@@ -116,16 +222,26 @@ def spoil(archive: Path, name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["corrupt", "encrypted"])
 @pytest.mark.parametrize("name", ["train_human.json", "tables/human2.csv", "png/human2.png"])
-def test_broken_files_in_a_zip_are_one_line(tmp_path: Path, name: str, how: str) -> None:
+def test_what_is_broken_in_a_zip_is_told_in_one_line(
+        tmp_path: Path, capsys: Capture, name: str, how: str) -> None:
     root = make_chartqa(tmp_path / "ChartQA Dataset")
     archive = tmp_path / "data.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in root.rglob("*"):
             file.write(path, path.relative_to(tmp_path))
     spoil(archive, f"ChartQA Dataset/train/{name}", how)
-    with pytest.raises(UserError, match=f"{Path(name).name}.*(cannot be read|unreadable).*" + ("encrypt" if how == "encrypted" else "")):
-        for example in data.load_data(str(archive), "train"):
+    said = ""
+    try:  # a file of rows ends it; a row is skipped, or fails when its picture is decoded
+        found = data.load_data(str(archive), "train")
+        assert len(found) in (5, 6)
+        said = capsys.readouterr().out.strip()
+        for example in found:
             example.image()
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert re.search(f"{Path(name).name}.*(cannot be read|unreadable)", said)
+    assert ("encrypt" in said) == (how == "encrypted")
 
 
 def test_no_permission_to_read_is_one_line(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -142,6 +258,37 @@ def test_no_permission_to_read_is_one_line(tmp_path: Path, monkeypatch: Patch) -
         data.load_data(str(tmp_path), "train")
 
 
+def test_flags_of_one_kind_of_data_are_refused_with_another(tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "rows.json", [GOOD])
+    for source in ("toy", own):
+        with pytest.raises(UserError, match="--hints belongs to published data"):
+            data.load_data(source, "train", hints="hints.json")
+    with pytest.raises(UserError, match="--augmented belongs to ChartQA"):
+        data.load_data("gsm8k:x", "train", augmented=True)
+
+
+@pytest.mark.parametrize("source, name", [
+    ("toy", "toy"), ("slake", "slake"), ("gsm8k:/a/b", "gsm8k"), ("/a/b.jsonl", "b"), ("a/c", "c")])
+def test_data_has_a_short_name(source: str, name: str) -> None:
+    assert data.name_of(source) == name
+
+
+@pytest.mark.parametrize("source, page", [
+    ("chartqa", "ahmed-masry/ChartQA"), ("slake", "BoKelvin/SLAKE"),
+    ("gsm8k", "grade-school-math")])
+def test_a_failed_download_is_one_line_that_names_the_page(
+        monkeypatch: Patch, source: str, page: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(domains, "hf_hub_download", fail)
+    with pytest.raises(UserError) as caught:
+        data.load_data(source, "train")
+    assert page in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ("HF_HUB_OFFLINE=1" in str(caught.value)) == (source != "gsm8k")
+
+
 def test_what_a_terminal_cannot_show_is_shown_by_its_code(monkeypatch: Patch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
@@ -149,77 +296,441 @@ def test_what_a_terminal_cannot_show_is_shown_by_its_code(monkeypatch: Patch) ->
     assert shown.getvalue() == b"4 \\u2192 5\n"
 
 
-# ---- Domains -------------------------------------------------------------------------------------
-
-AOKVQA = {"split": "train", "image_id": 7, "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1,
-          "direct_answers": ["hound"] * 4 + ["dog"] * 2, "rationales": ["It barks.", "It is a dog."]}
+# ---- ChartQA -------------------------------------------------------------------------------------
 
 
-def write_aokvqa(folder: Path, found: list[Row]) -> str:
-    (folder / "aokvqa_v1p0_train.json").write_text(json.dumps(found))
+def test_traces_from_tables_quote_the_cells_and_explain_the_answer() -> None:
+    table = [["Country", "2010", "2011"], ["France", "28", "29"], ["Italy", "43%", "33"],
+             ["Spain", "10", "12"]]
+    assert chartqa.table_facts(table).splitlines()[1] == "Italy: 2010 = 43%, 2011 = 33"
+    trace = chartqa.chart_trace(table, "What is the sum of France and Italy in 2010?", "71")
+    assert trace.startswith("Goal: ")
+    assert "France (2010) = 28, Italy (2010) = 43%." in trace
+    assert "28 + 43 = 71." in trace
+    assert "Spain" not in trace
+    trace = chartqa.chart_trace(table, "Largest value in 2010?", "43")
+    assert "Italy (2010) with 43% is the one asked for" in trace
+    assert chartqa.chart_trace([], "q", "a") is None
+
+
+def make_chartqa(root: Path, splits: tuple[str, ...] = ("train", "val", "test"),
+                 rows: int = 6) -> Path:
+    for split in splits:
+        for folder in ("png", "tables"):
+            (root / split / folder).mkdir(parents=True)
+        for kind in ("human", "augmented"):
+            entries = []
+            for i in range(rows):
+                name, part = f"{kind}{i}", root / split
+                Image.new("RGB", (40, 30), (i, 0, 0)).save(part / "png" / f"{name}.png")
+                table = b"Year,Total\r\n2019,5\r\n2020,7\r\n"
+                (part / "tables" / f"{name}.csv").write_bytes(table)
+                query = f"Total in 2020? ({i})"
+                entries.append({"imgname": f"{name}.png", "query": query, "label": "7"})
+            write_rows(root / split / f"{split}_{kind}.json", entries)
+    return root
+
+
+def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path: Path) -> None:
+    root = make_chartqa(tmp_path / "ChartQA Dataset")
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in root.rglob("*"):
+            file.write(path, path.relative_to(tmp_path))
+    keys = ("question", "answer", "trace", "facts", "source", "name")
+    for split, count in (("train", 6), ("val", 12), ("test", 12)):
+        local, zipped = (data.load_data(str(source), split) for source in (tmp_path, archive))
+        assert len(local) == count
+        for a, b in zip(local, zipped, strict=True):
+            assert [getattr(a, key) for key in keys] == [getattr(b, key) for key in keys]
+            assert np.array_equal(np.array(a.image()), np.array(b.image()))
+    assert len(data.load_data(str(archive), "train", augmented=True)) == 12
+    assert "2020 (Total) = 7" in local[0].trace
+    assert {e.source for e in local} == {"human", "augmented"}
+
+
+def test_chartqa_alone_forgives_5_percent_and_only_in_evaluation(tmp_path: Path) -> None:
+    example = data.load_data(str(make_chartqa(tmp_path)), "train")[0]
+    assert example.tolerance == 0.05
+    assert not right(example, "7.1")
+    assert Example("q", "a").tolerance == 0
+
+
+def test_chartqa_without_val_holds_images_back(tmp_path: Path) -> None:
+    root = make_chartqa(tmp_path, splits=("train",), rows=20)
+    train, val = (data.load_data(str(root), split) for split in ("train", "val"))
+    assert len(train) == 18
+    assert len(val) == 2
+    assert {e.question for e in train}.isdisjoint(e.question for e in val)
+    with pytest.raises(UserError, match="test has no usable row"):
+        data.load_data(str(root), "test")
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"imgname": "../../secret.png"}, "outside its folder"), ({"query": None}, "has no attribute"),
+    ({"imgname": "none.png"}, "missing or unreadable"),
+    ({"label": " "}, "expected a string as answer, got ''"),
+])
+def test_chartqa_rows_that_cannot_be_used_are_skipped_and_told_once(
+        tmp_path: Path, capsys: Capture, change: Row, says: str) -> None:
+    root = make_chartqa(tmp_path)
+    file = root / "train" / "train_human.json"
+    found = json.loads(file.read_text())
+    found[2] |= change
+    found[4] |= change
+    write_rows(file, found)
+    assert len(data.load_data(str(root), "train")) == 4
+    said = capsys.readouterr().out
+    assert re.search(f"4 rows; 2 skipped .the first: train_human.json row 3: .*{says}", said)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["null", "3", "{", "[3]"])
+def test_a_broken_chartqa_file_is_one_line(tmp_path: Path, text: str) -> None:
+    root = make_chartqa(tmp_path)
+    (root / "train" / "train_human.json").write_text(text)
+    with pytest.raises(UserError, match="train_human.json"):
+        data.load_data(str(root), "train")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_real_charts() -> None:
+    sample = str(SHARED / "chartqa-sample")
+    found = [e for split in ("train", "val", "test")
+             for e in data.load_data(sample, split, augmented=True)]
+    assert len(found) == 16 + 40 + 5 + 12 + 52 + 25
+    assert all(e.image().size[0] > 64 for e in found[:5])
+    assert sum(bool(e.trace) for e in found) > 140
+    assert len({e.trace for e in found}) > 100
+    assert wrong_against_themselves(found) == []
+
+
+# ---- A-OKVQA -------------------------------------------------------------------------------------
+
+AOKVQA = {"split": "train", "image_id": 7, "question": "What?", "choices": ["cat", "dog"],
+          "correct_choice_idx": 1, "direct_answers": ["hound"] * 4 + ["dog"] * 2,
+          "difficult_direct_answer": False, "rationales": ["It barks.", "It is a dog."]}
+
+
+def write_aokvqa(folder: Path, found: list[Row], split: str = "val") -> str:
+    write_rows(folder / f"aokvqa_v1p0_{split}.json", found)
     write_image(folder / "train2017" / "000000000007.jpg")
     return f"aokvqa:{folder}"
 
 
 def test_aokvqa_has_two_named_scores_and_the_releases_target(tmp_path: Path) -> None:
-    found = [AOKVQA | {"question": f"What {i}?"} for i in range(11)]
-    del found[3]["choices"], found[3]["correct_choice_idx"]
-    examples = data.load_data(write_aokvqa(tmp_path, found), "train")
-    examples.sort(key=lambda e: int(re.search(r"\d+", e.question)[0]))
-    with_choices, without = (next(e for e in examples if e.question == f"What {i}?") for i in (1, 3))
+    without = {key: AOKVQA[key] for key in AOKVQA if "choice" not in key}
+    found = data.load_data(write_aokvqa(tmp_path, [AOKVQA, without]), "test")
     # The correct choice and the longest rationale; without choices, the commonest answer.
-    assert (with_choices.answer, without.answer, with_choices.trace) == ("dog", "hound", "It is a dog.")
-    judged = [thinking.judge(e, "Answer: Dog.", True) | {"length": 1} for e in (with_choices, without)]
-    assert judged[0]["official"] == pytest.approx(2 / 3) and judged[0]["scores"] == {"any_match": 1.0, "multiple_choice": 1.0}
-    judged.append(thinking.judge(without, "Answer: cat", True) | {"length": 1})
+    assert [e.answer for e in found] == ["dog", "hound"]
+    assert found[0].trace == "It is a dog."
+    assert found[0].image().size == (8, 8)
+    assert right(found[0], "Hound.")
+    assert not right(found[0], "cat")
+    judged = [thinking.judge(e, "Answer: Dog.", True) | {"length": 1} for e in found]
+    assert judged[0]["official"] == pytest.approx(2 / 3)
+    assert judged[0]["scores"] == {"any_match": 1.0, "multiple_choice": 1.0}
+    judged.append(thinking.judge(found[1], "Answer: cat", True) | {"length": 1})
     summary = thinking.summarise(judged)
-    assert summary["official"] == pytest.approx(4 / 9) and summary["any_match"] == pytest.approx(2 / 3)
+    assert summary["official"] == pytest.approx(4 / 9)
+    assert summary["any_match"] == pytest.approx(2 / 3)
     assert summary["multiple_choice"] == 1.0  # of the one row that has choices
 
 
-@pytest.mark.parametrize("change", [{"correct_choice_idx": 2}, {"correct_choice_idx": -1}, {"correct_choice_idx": None},
-                                    {"direct_answers": []}, {"choices": 3}, {"rationales": [1]}])
-def test_bad_aokvqa_rows_are_named(tmp_path: Path, change: Row) -> None:
+def test_official_leaves_out_what_aokvqa_calls_difficult(tmp_path: Path) -> None:
+    difficult = AOKVQA | {"difficult_direct_answer": True}
+    found = data.load_data(write_aokvqa(tmp_path, [AOKVQA, difficult]), "test")
+    judged = [thinking.judge(e, f"Answer: {said}", True) | {"length": 1}
+              for e, said in zip(found, ("hound", "cat"), strict=True)]
+    summary = thinking.summarise(judged)
+    assert judged[1]["official"] is None
+    assert summary["official"] == 1.0
+    assert summary["any_match"] == 0.5
+    assert right(found[1], "dog")  # it still trains
+
+
+def test_aokvqas_lists_may_be_written_as_texts(tmp_path: Path) -> None:
+    row = AOKVQA | {"direct_answers": "['cat', 'kitten']", "choices": "['cat', 'dog']",
+                    "correct_choice_idx": 0, "rationales": "['It purrs.']"}
+    example, = data.load_data(write_aokvqa(tmp_path, [row]), "test")
+    assert example.answer == "cat"
+    assert example.trace == "It purrs."
+    assert right(example, "kitten")
+    assert not right(example, "a")
+
+
+@pytest.mark.parametrize("change", [
+    {"correct_choice_idx": 2}, {"correct_choice_idx": -1}, {"correct_choice_idx": None},
+    {"direct_answers": []}, {"choices": 3}, {"rationales": [1]}, {"rationales": "It sits."},
+    {"direct_answers": "dog"}, {"direct_answers": "['a' 'b']"}, {"direct_answers": ["", " "]},
+    {"image_id": 8}, {"image_id": "x"}, {"question": ""}, {"question": None},
+])
+def test_aokvqa_rows_that_cannot_be_used_are_skipped(
+        tmp_path: Path, capsys: Capture, change: Row) -> None:
     source = write_aokvqa(tmp_path, [AOKVQA, AOKVQA | change])
-    with pytest.raises(UserError, match="aokvqa_v1p0_train.json row 2: is not a row of aokvqa"):
-        data.load_data(source, "train")
+    assert len(data.load_data(source, "test")) == 1
+    said = capsys.readouterr().out
+    assert "1 rows; 1 skipped (the first: aokvqa_v1p0_val.json row 2: " in said
+    with pytest.raises(UserError, match="no usable row.*row 1: "):
+        data.load_data(write_aokvqa(tmp_path, [AOKVQA | change]), "test")
 
 
-def test_a_slake_answer_without_a_word_must_be_met_exactly(tmp_path: Path) -> None:
-    row = {"img_name": "1.jpg", "question": "Sign?", "answer": "+", "q_lang": "en", "answer_type": "OPEN"}
-    (tmp_path / "test.json").write_text(json.dumps([row]))
-    write_image(tmp_path / "imgs" / "1.jpg")
-    example, = data.load_data(f"slake:{tmp_path}", "test")
-    assert [thinking.judge(example, f"Answer: {a}", True)["official"] for a in ("+", "-", "plus")] == [1.0, 0.0, 0.0]
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_published_rows_of_aokvqa(tmp_path: Path) -> None:
+    source = json.loads((SHARED / "text-samples" / "aokvqa_v1p0_val_40.json").read_text())
+    for row in source:
+        write_image(tmp_path / "val2017" / f"{row['image_id']:012}.jpg")
+    found = data.load_data(write_aokvqa(tmp_path, source), "test")
+    assert len(found) == 40
+    assert all(e.trace for e in found)
+    assert wrong_against_themselves(found) == []
+    assert sum(official(e, e.answer) is None for e in found) == 4
 
 
-@pytest.mark.parametrize("change", [{"answer": ""}, {"question": None}, {"question": " "}])
-def test_a_row_without_question_or_answer_is_named(tmp_path: Path, change: Row) -> None:
-    row = {"img_name": "1.jpg", "question": "Sign?", "answer": "yes", "q_lang": "en", "answer_type": "CLOSED"}
-    (tmp_path / "test.json").write_text(json.dumps([row, row | change]))
-    write_image(tmp_path / "imgs" / "1.jpg")
-    with pytest.raises(UserError, match="test.json row 2: is not a row of slake"):
-        data.load_data(f"slake:{tmp_path}", "test")
+# ---- SLAKE ---------------------------------------------------------------------------------------
+
+SLAKE = {"img_name": "xmlab1/source.jpg", "question": "Which organs?", "answer": "Liver, Kidney",
+         "q_lang": "en", "answer_type": "OPEN", "qid": 1}
 
 
-def test_a_zip_of_images_is_opened_once(tmp_path: Path, monkeypatch: Patch) -> None:
+def load_slake(folder: Path, rows: list[Row]) -> list[Example]:
+    write_rows(folder / "test.json", rows)
+    write_image(folder / "imgs" / "xmlab1" / "source.jpg")
+    return data.load_data(f"slake:{folder}", "test")
+
+
+def test_slake_scores_recall_and_closed_questions_apart(tmp_path: Path) -> None:
+    opened, closed = load_slake(tmp_path, [SLAKE, SLAKE | {"q_lang": "zh"}, SLAKE | {
+        "question": "Is it CT?", "answer": "Yes", "answer_type": "CLOSED"}])
+    assert (opened.source, closed.source) == ("open", "closed")
+    assert official(opened, "the liver") == 0.5
+    assert official(closed, "yes") == 1.0
+    assert official(closed, "yes no") == 0.0
+    assert right(closed, "yes")
+    assert not right(closed, "yes no")
+    judged = [thinking.judge(e, f"Answer: {answer}", True) | {"length": 1}
+              for e, answer in ((opened, "liver"), (closed, "Yes"))]
+    summary = thinking.summarise(judged)
+    assert summary["official"] == 0.75
+    assert summary["official_closed"] == 1
+
+
+@pytest.mark.parametrize("answer, given, met", [
+    ("Left", "left right upper lower lung heart", False), ("Left", "Left.", True),
+    ("Left", "not left", False), ("Liver, Kidney", "kidney, liver", True),
+    ("Liver, Kidney", "Kidney and liver", True), ("Liver, Kidney", "liver", False),
+    ("Liver, Kidney", "liver, kidney, lung", False), ("Lung", "lung lung", False),
+    ("Left Lung, Right", "Right Lung, Left", False), ("Left Lung, Right", "right, left lung", True),
+    ("Transverse  Plane", "transverse plane", True), ("2", "2", True), ("2", "3", False),
+    ("+", "+", True), ("+", "plus", False), ("+", "-", False),
+])
+def test_slake_is_right_with_the_same_words_and_no_others(
+        tmp_path: Path, answer: str, given: str, met: bool) -> None:
+    example, = load_slake(tmp_path, [SLAKE | {"answer": answer}])
+    assert right(example, given) is met
+
+
+def test_a_slake_answer_without_a_word_has_no_recall(tmp_path: Path) -> None:
+    example, = load_slake(tmp_path, [SLAKE | {"answer": "+"}])
+    assert [official(example, a) for a in ("+", "-", "plus")] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("change", [
+    {"answer": ""}, {"question": None}, {"question": " "}, {"answer": "\u200b"}, {"answer": None},
+    {"img_name": "none.jpg"}])
+def test_a_slake_row_that_cannot_be_used_is_skipped_and_told(
+        tmp_path: Path, capsys: Capture, change: Row) -> None:
+    assert len(load_slake(tmp_path, [SLAKE, SLAKE | change])) == 1
+    said = capsys.readouterr().out
+    assert "slake test: 1 rows; 1 skipped (the first: test.json row 2: " in said
+
+
+def test_a_zip_of_images_is_opened_once(tmp_path: Path) -> None:
     write_image(tmp_path / "1.jpg")
-    with zipfile.ZipFile(tmp_path / "imgs.zip", "w") as file:
-        file.write(tmp_path / "1.jpg", "imgs/1.jpg")
-    row = {"img_name": "1.jpg", "question": "Sign?", "answer": "yes", "q_lang": "en", "answer_type": "OPEN"}
-    (tmp_path / "test.json").write_text(json.dumps([row] * 9))
-    openings = []
-    monkeypatch.setattr(zipfile, "Path", lambda file, make=zipfile.Path: openings.append(file) or make(file))
-    assert len(data.load_data(f"slake:{tmp_path}", "test")) == 9 and len(openings) == 1
+    for inside in ("imgs/1.jpg", "1.jpg"):
+        with zipfile.ZipFile(tmp_path / "imgs.zip", "w") as file:
+            file.write(tmp_path / "1.jpg", inside)
+        write_rows(tmp_path / "test.json", [SLAKE | {"img_name": "1.jpg"}] * 9)
+        domains.open_zip.cache_clear()
+        found = data.load_data(f"slake:{tmp_path}", "test")
+        assert len(found) == 9
+        assert found[0].image().size == (8, 8)
+        assert domains.open_zip.cache_info().misses == 1
 
 
-def test_official_accuracy_forgives_a_full_stop() -> None:
-    for said, answer, right in (("Yes.", "Yes", 1), ("0.5.", "0.5", 1), (".5", "0.5", 1), ("U.S.", "U.S.", 1), ("Yes", "No", 0)):
-        assert thinking.judge(Example("q", answer), f"So.\nAnswer: {said}", True)["official"] == right
-        assert thinking.judge(Example("q", answer), said, True)["official"] == right  # --prompt direct
+@pytest.mark.slow
+@needs_real
+def test_slake_loads_all_english_rows_but_the_one_without_an_answer(
+        tmp_path: Path, capsys: Capture) -> None:
+    counts = {}
+    (tmp_path / "imgs").mkdir()
+    write_image(tmp_path / "one.jpg")
+    for file in ("train", "validate", "test"):
+        rows = json.loads((REAL / "slake" / f"{file}.json").read_text())
+        for image in {row["img_name"] for row in rows}:
+            place = tmp_path / "imgs" / image
+            place.parent.mkdir(exist_ok=True)
+            if not place.exists():
+                place.hardlink_to(tmp_path / "one.jpg")
+        write_rows(tmp_path / f"{file}.json", rows)
+    for split in ("train", "val", "test"):
+        found = data.load_data(f"slake:{tmp_path}", split)
+        counts[split] = len(found)
+        assert wrong_against_themselves(found) == []
+    said = capsys.readouterr().out
+    assert counts == {"train": 4918, "val": 1053, "test": 1061}
+    assert "train.json row 1623" in said
+    assert said.count("skipped") == 1
+    # One list of the commonest words of the training answers.
+    words = " ".join(sorted({word for e in found for word in re.findall(r"\w+", e.answer)}))
+    assert not any(right(e, words) for e in found if e.source == "open")
 
 
-# ---- Traces --------------------------------------------------------------------------------------
+# ---- GSM8K ---------------------------------------------------------------------------------------
+
+
+def gsm8k(answer: str) -> Example:
+    return domains.gsm8k_row({"question": "q", "answer": answer}, None, "row 1")
+
+
+@pytest.mark.parametrize("answer, given, met", [
+    ("-3", "-3", True), ("-3", "3", False), ("18", "-18", False), ("18", "18", True),
+    ("18", "$18", True), ("18", "-$18", False), ("18", "$-18", False), ("18", "\u221218", False),
+    ("-3", "\u22123", True), ("18", "minus 18", False), ("-3", "negative 3", True),
+    ("-3", "-$3", True), ("18", "- 18", False), ("18", "20 - 2 = 18", True), ("2", "20 - 2", False),
+    ("18", "18 eggs", True), ("1,500", "in 2 weeks 1,500", True), ("1,500", "$1,500 dollars", True),
+    ("1,500", "1500.00", True), ("1,500", "150", False), ("18", "1/18", False),
+    ("2", "9 * 2", False),
+    ("18", "5 or 17", False), ("18", "18 million", False), ("18", "1,18", False),
+    ("5", "x5", False),
+    ("5", "It is 5.", True), ("5", "none", False), ("18", "+18", True), ("15", "10-15", False),
+    ("18", "18/3", False), ("18", "18k", False), ("5", "1e5", False),
+])
+def test_gsm8k_takes_the_last_number_with_its_sign(answer: str, given: str, met: bool) -> None:
+    assert right(gsm8k(f"So.\n#### {answer}"), given) is met
+
+
+def test_gsm8ks_solution_is_the_trace_without_its_calculator(tmp_path: Path) -> None:
+    row = {"question": "How many?", "answer": "She has 2+3=<<2+3=5>>5.\nThen more.\n#### 1,500"}
+    bad = [{"question": "x"}, row | {"answer": 5}, row | {"answer": "So.\n#### many"}, 3, []]
+    write_rows(tmp_path / "test.jsonl", [row, *bad])
+    example, = data.load_data(f"gsm8k:{tmp_path}", "test")
+    assert example.trace == "She has 2+3=5.\nThen more."
+    assert example.image is None
+    assert example.name == "test.jsonl line 1"
+    assert reference_response(example).endswith("Answer: 1,500")
+
+
+@pytest.mark.slow
+@needs_real
+@pytest.mark.parametrize("split, count", [("train", 6726), ("val", 747), ("test", 1319)])
+def test_every_reference_of_gsm8k_is_right_against_itself(split: str, count: int) -> None:
+    found = data.load_data(f"gsm8k:{REAL / 'gsm8k'}", split)
+    assert len(found) == count
+    assert wrong_against_themselves(found) == []
+    assert not any("<<" in e.trace for e in found)
+    flipped = {e.name: e.answer[1:] if e.answer[0] == "-" else f"-{e.answer}" for e in found}
+    assert [e.name for e in found if right(e, flipped[e.name]) and e.answer != "0"] == []
+    assert [e.name for e in found if right(e, f"{e.answer}1")] == []
+
+
+# ---- Geometry ------------------------------------------------------------------------------------
+
+ANGLES = "What is it?\nChoices:\nA:40°\nB:60°\nC:140°"
+WORDS = "Which?\nChoices:\nA. Increasing\nB. Decreasing\nC. Constant\nD. None"
+
+
+@pytest.mark.parametrize("question, answer, good, bad", [
+    (ANGLES, "C", r"C|c|(C)|\boxed{C}|Option C|C (140°)|C, because|C: 140|The answer is C|140|"
+                  r"140 degrees|$140^\circ$|**C**|\text{C}|C. 140°|C because it fits|C - 140|"
+                  r"∠C = 140°|The answer is 140|C) 140",
+     r"A|(B)|40|60|A: 140|C: 60|C (60)|B, C|C or B|-140|147|A C|1400|C, D|A line C|C - 60|A: 140°"),
+    (ANGLES, "B", "B|60", "58|57|63|61|A"),  # no tolerance
+    (WORDS, "Decreasing", "B|(B)|Decreasing|decreasing.|B. Decreasing|Option B",
+     "D|None|A|Increasing|B. Increasing|D. Decreasing"),
+    ("Which?\nChoices:\nA.one\nB.two\nC.three", "(C)", "C|(C)|three|C.three", "A|one|B"),
+    ("Which? Look at the image.", "C", r"C|\boxed{C}|Option C|C (140°)|C, because", "A|140|CD|C B"),
+    ("Which two?\nChoices:\nA:w\nB:x\nC:y\nD:z", "C\nD", "C, D|D and C|C D", "C|D|A and C"),
+    ("Which?\nChoices:\nA:38\nB:52\nC:52", "52", "B|C|52", "A|38"),
+    ("Which?\nChoices:\nA:one\nB:\nC:three", "C", "C|three", "A|B|C:three|one"[:3]),
+    ("Find it.", r"Area $=113.1 \mathrm{~cm}^{2}$", r"113.1|113.1 cm^2|113.1 cm²|Area = 113.1|"
+     r"113.10|A = 113.1 cm^2|113.1 square centimeters|$113.1 \mathrm{cm}^2$",
+     "113|112|113.1 m^2|1131|-113.1|113.1 or 5|118"),
+    ("Find it.", r"Area $=12.5 \mathrm{~cm}^{2}$", "12.5|12.5 cm^2", "12|13 cm^2"),
+    ("Find it.", r"Area $=121 \pi \mathrm{cm}^{2}$", r"121π|121 \pi|121pi cm^2", "121|11π"),
+    ("Find it.", r"\frac{\sqrt{30}}{2}", r"√30/2|\frac{\sqrt{30}}{2}|$\frac{\sqrt{30}}{2}$",
+     "30/2|15|√30"),
+    ("Find it.", r"$-\frac{21}{29}$", r"-21/29|-\frac{21}{29}", "21/29|-21|29"),
+    ("Find it.", "$r=24.4$", "24.4|r=24.4|r = 24.4", "d = 24.4|24"),
+    ("Find it.", "$5=s$", "5|s=5|s = 5", "t=5|6"),
+    ("Find it.", "12 cm", "12|$12$ cm|12 cm|12 centimeters|x = 12 cm", "13 cm|12 m|12 km"),
+    ("Find it.", r"315^\circT", "315|315°|315° T", "31|316"),
+    ("Find it.", "$x=0$", "x=0|0|x = 0", "y=0|1"),
+    ("Find it.", "(2,-2)", "(2, -2)", "(-2, 2)|2,2|2"),
+    ("Find it.", "[1,2]", "[1, 2]", "(1,2)|1|(1, 2]"),
+    ("Find it.", "4.4 m", "4.4 m|4.4|4.4 metres", "4.4 cm"),
+    ("Find it.", r"y=-2 x+5", "y=-2x+5|-2x+5", "y=2x+5|5"),
+    ("Find it.", "even", "Even|even.", "odd"),
+    ("Find it.", r"$13 \%$", r"13|13%|$13\%$", "14|1300%"),
+    ("Find it.", r"\frac{1}{2}", "1/2|0.5", "12|1|2"),
+    ("Where is it?", "A(3,4)", "A(3, 4)", "A(5, 6)|A|B"),
+    ("Find it.", "$C=40.84$ cm", "40.84", "C|C=41"),
+])
+def test_geometry(question: str, answer: str, good: str, bad: str) -> None:
+    example = domains.geometry_example(question, answer, None, "row 1")
+    assert [given for given in good.split("|") if not right(example, given)] == []
+    assert [given for given in bad.split("|") if right(example, given)] == []
+
+
+def test_geo170k_and_mathverse_are_read_as_published(tmp_path: Path) -> None:
+    human = ("<image>\nFirst perform reasoning, then select the choice.\n"
+             "Question: What is angle 2?\nChoices:\nA: 40\u00b0\nB: 60\u00b0")
+    said = [{"from": "human", "value": human},
+            {"from": "gpt", "value": "It is alternate.\nAnswer:B"}]
+    rows = [{"image": "g/1.png", "conversations": said}] * 11 + [{"image": "g/1.png"}]
+    rows += [{"image": "g/1.png", "conversations": [said[0], {"from": "gpt", "value": "So."}]}]
+    rows = [json.loads(json.dumps(row).replace("angle 2", f"angle {i}"))
+            for i, row in enumerate(rows)]
+    write_rows(tmp_path / "qa_tuning.json", rows)
+    write_image(tmp_path / "images" / "g" / "1.png")
+    found = [e for split in ("train", "val") for e in data.load_data(f"geo170k:{tmp_path}", split)]
+    assert len(found) == 11
+    assert found[0].question.startswith("What is angle")
+    assert found[0].trace == "It is alternate."
+    assert right(found[0], "60")
+    assert official(found[0], "60") == 1
+    test = {"question": "Find x.", "answer": "12 cm", "image": "g/1.png"}
+    write_rows(tmp_path / "testmini.json", [test, test | {"image": ""}, test | {"question": ""},
+                                            test | {"image": "", "question": ""}])
+    found = data.load_data(f"mathverse:{tmp_path}", "test")
+    assert len(found) == 3
+    assert found[0].image().size == (8, 8)
+    assert found[1].image is None
+    assert found[2].question == "Answer the question that is in the image."
+    with pytest.raises(UserError, match="no train split"):
+        data.load_data(f"mathverse:{tmp_path}", "train")
+
+
+@needs_real
+def test_references_of_mathverse_are_right_against_themselves() -> None:
+    found = data.load_data(f"mathverse:{REAL / 'mathverse'}", "test")
+    rows = json.loads((REAL / "mathverse" / "testmini_text_only.json").read_text())
+    assert len(found) == 788
+    assert wrong_against_themselves(found) == []
+    choices = [re.findall(r"^([A-H])[:.](.*)$", e.question, re.MULTILINE) for e in found]
+    for example, row, listed in zip(found, rows, choices, strict=True):
+        if row["question_type"] == "multi-choice" and row["answer"] in "ABCDEF":
+            values = dict(listed)
+            others = {k: v for k, v in values.items() if v != values[row["answer"]]}
+            assert right(example, values[row["answer"]])
+            assert not any(right(example, letter) for letter in others)
+            assert not any(right(example, value) for value in others.values() if value)
+        elif re.fullmatch(r"[^{}\d]*\$?=\$?(\d+\.?\d*)[^\d]*(\{[23]\})?\$?", row["answer"].strip()):
+            number = re.search(r"\d+\.?\d*", row["answer"])[0]
+            assert right(example, number) is ("pi" not in row["answer"])
+
+
+# ---- Traces of the release -----------------------------------------------------------------------
 
 
 def test_hints_leave_out_training_rows_without_a_trace(tmp_path: Path, capsys: Capture) -> None:
@@ -228,103 +739,132 @@ def test_hints_leave_out_training_rows_without_a_trace(tmp_path: Path, capsys: C
              {"question": "Total in 2020? (1)", "answer": "7", "hint": "One."},
              {"question": "Total in 2020? (1)", "answer": "7", "hint": "Another."},
              {"question": "Total in 2020? (2)", "answer": "8", "hint": "Wrong."}]
-    (tmp_path / "hints.json").write_text(json.dumps(hints))
-    train = data.load_data(str(root), "train", hints=str(tmp_path / "hints.json"))
-    assert [(e.trace, e.facts) for e in train] == [("Look.", "2019: Total = 5\n2020: Total = 7")]
-    assert "1 training rows have a trace; the other 5 are left out" in capsys.readouterr().out
-    assert len(data.load_data(str(root), "val", hints=str(tmp_path / "hints.json"))) == 12  # all are held out
+    file = write_rows(tmp_path / "hints.json", hints)
+    example, = data.load_data(str(root), "train", hints=file)
+    assert (example.trace, example.facts) == ("Look.", "2019: Total = 5\n2020: Total = 7")
+    said = capsys.readouterr().out
+    assert "1 training rows have a trace; the other 5 are left out" in said
+    assert len(data.load_data(str(root), "val", hints=file)) == 12  # all are held out
     assert len(data.load_data(str(root), "train")) == 6
-    for bad, says in (("[]", "no trace for any row"), ('[{"question": 3}]', "row 1: is not"), ("{}", "holds no list")):
-        (tmp_path / "hints.json").write_text(bad)
-        with pytest.raises(UserError, match=f"hints.json.*{says}"):
-            data.load_data(str(root), "train", hints=str(tmp_path / "hints.json"))
 
 
-def test_traces_of_aokvqa_bring_facts_and_those_of_gsm8k_lose_their_marks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text, says", [
+    ("[]", "no trace for any row"), ('[{"question": 3}]', "row 1: is not"),
+    ("{}", "no list of rows"),
+    ('[{"question": "q", "answer": "a", "hint": 3}]', "row 1: is not"), ("[3]", "row 1: is not")])
+def test_a_bad_file_of_traces_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "hints.json").write_text(text)
+    with pytest.raises(UserError, match=f"hints.json.*{says}"):
+        domains.join([Example("q", "a")], str(tmp_path / "hints.json"))
+
+
+def joined(tmp_path: Path, example: Example, **row: Any) -> Example:
+    found, = domains.join([example], write_rows(tmp_path / "hints.json", [row]))
+    return found
+
+
+@pytest.mark.parametrize("theirs", [
+    "What\u2019s  \u201cit\u201d?", "What's \"it\"? ", "what's \"it\"?",
+    "What\u2019s\u00a0\"it\"?"])
+def test_a_join_forgives_typography(tmp_path: Path, theirs: str) -> None:
+    example = Example('What\'s "it"?', "1,500")
+    for answer in ("1500", "1500.0", "$1,500", 1500):
+        assert joined(tmp_path, example, question=theirs, answer=answer, hint="h").trace == "h"
+
+
+def test_only_an_answer_after_four_hashes_is_cut_off_a_trace(tmp_path: Path) -> None:
+    example, heading = Example("q", "5"), "Goal: find it.\n#### Conclusion\nIt is so."
+    for trace, kept in ((heading, heading), ("So 5.\n#### 5", "So 5."),
+                        ("<<Map>> so", "<<Map>> so"),
+                        ("2+3=<<2+3=5>>5", "2+3=5")):
+        assert joined(tmp_path, example, question="q", answer="5", hint=trace).trace == kept
+        assert joined(tmp_path, example, question="q", answer="5", trace=trace).trace == kept
+
+
+@pytest.mark.slow
+@needs_real
+def test_all_of_gsm8k_joins_whatever_its_quotes_and_spaces(tmp_path: Path) -> None:
+    found = data.load_data(f"gsm8k:{REAL / 'gsm8k'}", "train")
+    curly = str.maketrans({"'": "\u2019", '"': "\u201c"})
+    hints = [{"question": e.question.translate(curly).replace(".  ", ". ").replace(". ", ".  "),
+              "answer": e.answer, "hint": f"{e.trace}\n#### {e.answer}"} for e in found]
+    both = domains.join(found, write_rows(tmp_path / "hints.json", hints))
+    assert len(both) == len(found)
+    assert [e.trace for e in both] == [e.trace for e in found]
+
+
+def test_traces_of_aokvqa_bring_facts_and_a_row_takes_its_own(tmp_path: Path) -> None:
     # The same question of two pictures: a row's own rationale tells which trace is its.
-    found = [AOKVQA | {"question": f"What {i}?"} for i in range(10)] + [AOKVQA | {"rationales": ["A dog it is."]}]
-    hints = [{"question": "What?", "answer": "dog", "hint": hint, "visual_fact": f'{{"description": "{hint}"}}',
-              "choices": ["cat", "dog"], "direct_answers": "['dog']"} for hint in ("A cow.", "A dog it is.")]
-    hints.append({"question": "What 4?", "answer": "dog", "hint": "So.", "visual_fact": {"error": "failed"}})
-    (tmp_path / "hints.json").write_text(json.dumps(hints))
-    source = write_aokvqa(tmp_path, found)
-    examples = data.load_data(source, "train") + data.load_data(source, "val")
-    joined = references.join(examples, str(tmp_path / "hints.json"))
-    assert {(e.question, e.trace, e.facts) for e in joined} == {
-        ("What?", "A dog it is.", '{"description": "A dog it is."}'), ("What 4?", "So.", None)}
-    row = {"question": "How many?", "answer": "2+3=<<2+3=5>>5.\n#### 1,500"}
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"question": f"{i}?"}) for i in range(12)))
-    hints = [{"question": f"{i}?", "answer": "1500", "hint": "Add: 2+3=<<2+3=5>>5.\n#### 1500"} for i in range(12)]
-    (tmp_path / "hints.json").write_text(json.dumps(hints))
-    train = data.load_data(f"gsm8k:{tmp_path}", "train", hints=str(tmp_path / "hints.json"))
-    assert len(train) == 11 and {e.trace for e in train} == {"Add: 2+3=5."}
+    found = [AOKVQA | {"question": f"What {i}?"} for i in range(10)]
+    found.append(AOKVQA | {"rationales": ["A dog it is."]})
+    hints = [{"question": "What?", "answer": "dog", "hint": hint, "visual_fact": f"{hint} Facts.",
+              "direct_answers": "['dog']"} for hint in ("A cow.", "A dog it is.")]
+    hints.append({"question": "What 4?", "answer": "dog", "hint": "So.", "visual_fact": {"e": 1}})
+    examples = data.load_data(write_aokvqa(tmp_path, found), "test")
+    both = domains.join(examples, write_rows(tmp_path / "hints.json", hints))
+    assert {(e.question, e.trace, e.facts) for e in both} == {
+        ("What?", "A dog it is.", "A dog it is. Facts."), ("What 4?", "So.", None)}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_released_traces_join_rows_of_their_form(tmp_path: Path) -> None:
+def test_released_traces_join_rows_of_their_form() -> None:
     file = SHARED / "text-samples" / "dyme_chartqa_train_medium_24.json"
     hints = json.loads(file.read_text())
     examples = [Example(row["question"], row["answer"]) for row in hints]
-    joined = references.join([*examples, Example("Another?", "7")], str(file))
-    assert [e.trace for e in joined] == [row["hint"] for row in hints]
+    both = domains.join([*examples, Example("Another?", "7")], str(file))
+    assert [e.trace for e in both] == [row["hint"] for row in hints]
+
+
+# ---- References that can be imitated -------------------------------------------------------------
 
 
 def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
         runs: Path, tiny: Policy, capsys: Capture) -> None:
     found = [{"question": f"Which {i}?", "answer": "red", "hint": "It is red."} for i in range(24)]
     found[2]["hint"] = "red 3, " * 9000
-    found[3]["hint"] = "red 3, " * 60  # half of the context has fewer tokens than this has bytes, but it fits
+    found[3]["hint"] = "red 3, " * 60  # fewer tokens than half of the context has bytes: it fits
     found[4]["hint"], found[5]["answer"] = "So.\nANSWER: red", "Answer: red"
     found[6]["hint"] = "It ends<end_of_utterance> here."
-    examples = [Example(row["question"], row["answer"], trace=row["hint"], name=f"row {i}") for i, row in enumerate(found)]
-    checked = references.check(examples, tiny, lambda example: dyme.full_length(tiny, example))
+    examples = [Example(row["question"], row["answer"], trace=row["hint"], name=f"row {i}")
+                for i, row in enumerate(found)]
+    checked = data.check_references(examples, tiny, lambda e: dyme.full_length(tiny, e))
     said = capsys.readouterr().out.splitlines()
-    assert checked[2].trace is None and reference_response(checked[2]) == "Answer: red"
+    assert checked[2].trace is None
     assert [a for a, b in zip(checked, examples, strict=True) if a != b] == [checked[2]]
-    assert len(said) == 3 and "2 training rows hold 'Answer:'" in said[1] and said[1].endswith("the first is row 4")
-    assert "context of 512" in said[0] and said[0].endswith("row 2") and said[2].endswith("row 6")
-    (runs / "rows.json").write_text(json.dumps(found))
-    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json"), "--steps", "3", "--mode", "sft"]
-    assert run(runs, "a", *flags, "--prompts", "4", "--generations", "8") == 0  # every row is imitated
+    assert len(said) == 3
+    assert "context of 512" in said[0]
+    assert said[0].endswith("row 2")
+    assert "2 training rows hold 'Answer:'" in said[1]
+    assert said[1].endswith("the first is row 4")
+    assert said[2].endswith("row 6")
+    path = write_rows(runs / "rows.json", found)
+    flags = ["--model", str(toy.BASE), "--data", path, "--steps", "3", "--mode", "sft"]
+    assert run(runs, "a", *flags, "--prompts", "4", "--generations", "8") == 0  # every row
 
 
-# ---- Models and the hub --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def silent_hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[str]:
-    """A hub that takes calls and never answers, and no file from an earlier download."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        for place in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.file_download.constants.ENDPOINT"):
-            monkeypatch.setattr(place, url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        real = hub.silence
-        monkeypatch.setattr(hub, "silence", lambda: real(0.5))
-        real.cache_clear()
-        yield url
-        real.cache_clear()
-
-
-@pytest.mark.parametrize("flags, wanted", [
-    (["--model", "SmolVLM-256M", "--data", "chartqa"], "HuggingFaceTB/SmolVLM-256M-Instruct"),
-    (["--model", str(toy.BASE), "--data", "chartqa"], "ahmed-masry/ChartQA"),
-    (["--model", str(toy.BASE), "--data", "slake"], "BoKelvin/SLAKE"),
-])
-def test_a_silent_hub_is_told_soon_and_leaves_no_folder(
-        runs: Path, silent_hub: str, flags: list[str], wanted: str, capsys: Capture) -> None:
-    start = time.monotonic()
-    assert run(runs, "a", *flags) == 2
+@pytest.mark.parametrize("words", [600, 20_000])
+@pytest.mark.parametrize("trace", [None, "It is red."])
+def test_an_answer_longer_than_the_context_is_refused_by_name(
+        runs: Path, capsys: Capture, words: int, trace: str | None) -> None:
+    found = [{"question": f"Which {i}?", "answer": "red", "trace": trace} for i in range(12)]
+    for row in found:
+        row["answer"] = "red " * words
+    path = write_rows(runs / "rows.json", found)
+    assert run(runs, "a", "--model", str(toy.BASE), "--data", path, "--steps", "1") == 2
     error = capsys.readouterr().err.strip()
-    assert f"the hub {silent_hub} does not answer" in error and wanted in error and "\n" not in error
-    assert time.monotonic() - start < 10 and not (runs / "a").exists()
+    says = r".*rows.json row \d+: question and answer exceed the model's context.*"
+    assert re.fullmatch(says, error)
+    assert not (runs / "a" / "metrics.jsonl").exists()
+
+
+# ---- Models --------------------------------------------------------------------------------------
 
 
 def test_a_models_own_code_is_never_run_nor_asked_for(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {
         "AutoConfig": "code.Mine", "AutoProcessor": "code.Mine"}}))
-    (tmp_path / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "code.Mine"}}))
+    write_rows(tmp_path / "processor_config.json", {"auto_map": {"AutoProcessor": "code.Mine"}})
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
     assert models.loader_options(str(tmp_path))["trust_remote_code"] is False
     with pytest.raises(UserError, match="a model that brings its own code is not run here"):
@@ -338,23 +878,26 @@ def test_eval_takes_its_flags_in_any_order_and_can_ask_directly(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     a = str(runs / "a")
-    for flags in ([a, "--limit", "2"], ["--limit", "2", a], ["--model", a, "--limit", "2"], ["--limit", "2", "--model", a],
-                  ["--best", a, "--limit", "2"], ["--seed", "1", "--model", a, "--best", "--limit", "2"]):
+    two = ["--limit", "2"]
+    for flags in ([a, *two], [*two, a], ["--model", a, *two], [*two, "--model", a],
+                  ["--best", a, *two], ["--seed", "1", "--model", a, "--best", *two]):
         args = evaluation.parse_arguments(flags)
         assert (args.model, args.limit, args.prompt) == ([a], 2, "think")
     asked = []
     encode = dyme.encode_prompts
-    monkeypatch.setattr(dyme, "encode_prompts", lambda *args: asked.append(args[3]) or encode(*args))
+    monkeypatch.setattr(dyme, "encode_prompts",
+                        lambda *args: asked.append(args[3]) or encode(*args))
     flags = [a, "--limit", "2", "--max-new-tokens", "4"]
     for more in ([], ["--prompt", "direct", "--samples", "2"]):
-        assert run_folders.run_main(lambda: evaluation.main([*flags, *more])) == 0
+        assert run_folders.run_main(lambda more=more: evaluation.main([*flags, *more])) == 0
     assert asked == [dyme.PROMPT] + [evaluation.PROMPTS["direct"]] * 2 and "step" not in asked[1]
     assert json.loads((runs / "a" / "evaluation.json").read_text())["prompt"] == "direct"
 
 
 HERE = Path(dyme.__file__).parent
 # What stands for something else in the commands of the READMEs.
-PLACEHOLDERS = {"MODE": "dyme", "LR": "1e-4", "SEED": "0", "URL": "http://127.0.0.1:8000/v1", "N": "3"}
+PLACEHOLDERS = {"MODE": "dyme", "LR": "1e-4", "SEED": "0", "N": "3",
+                "URL": "http://127.0.0.1:8000/v1"}
 
 
 def commands() -> list[list[str]]:
@@ -363,35 +906,44 @@ def commands() -> list[list[str]]:
     for file in (HERE / "README.md", HERE / "support" / "README.md"):
         text = file.read_text()
         found += re.findall(r"(?<![\w`])python (?:dyme|eval)\.py.*?(?=#|&|$)", "\n".join(
-            line for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for line in block.splitlines()),
-            re.MULTILINE)
-        found += [quoted.replace("\n", " ") for quoted in re.findall(r"`(python (?:dyme|eval)\.py [^`]*)`", text)]
-    table = (HERE / "support" / "README.md").read_text().partition("## The paper as commands")[2].partition("\n## ")[0]
+            re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)), re.MULTILINE)
+        found += [quoted.replace("\n", " ")
+                  for quoted in re.findall(r"`(python (?:dyme|eval)\.py [^`]*)`", text)]
+    table = (HERE / "support" / "README.md").read_text()
+    table = table.partition("## The paper as commands")[2].partition("\n## ")[0]
     short = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", table, re.MULTILINE))
     for line in table.partition("`python dyme.py ...`")[2].splitlines():
         cells = line.split(" | ")
         for command in re.findall(r"`([^`]+)`", cells[1]) if len(cells) == 3 else []:
-            found.append("python dyme.py " + " ".join(short.get(word, word) for word in command.split()))
-    words = [[PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]] for command in found]
+            flags = " ".join(short.get(word, word) for word in command.split())
+            found.append(f"python dyme.py {flags}")
+    words = [[PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
+             for command in found]
     assert len(short) > 5 and len(words) > 50
     return [command for command in words if not {"...", "--help"} & {*command}]
 
 
 RECIPES = [  # of the release's configurations: what a command is for, and what it must then say
     ({"model": "Qwen2.5-VL-7B", "mode": "dyme"}, {"lr": 1e-5, "generations": 8, "prompts": 16}),
-    ({"model": "Qwen2.5-0.5B", "mode": "dyme"}, {"lr": 1e-5, "generations": 16, "max_new_tokens": 1024, "prompts": 32}),
-    ({"data": "aokvqa:FOLDER", "mode": "dyme"}, {"lr": 1e-5, "generations": 4, "prompts": 32, "model": "LLaVA-OV-0.5B"}),
-    ({"hints": "DyME/data/chartqa/train_low.json", "mode": "dyme"}, {"lr": 1e-5, "generations": 4, "prompts": 32}),
-    ({"model": "SmolVLM-500M", "mode": "grpo"}, {"lr": 1e-5, "generations": 4, "prompts": 16, "beta": 0.04}),
-    ({"model": "SmolVLM-500M", "mode": "dyme"}, {"lr": 8e-5, "generations": 8, "prompts": 32, "max_new_tokens": 300}),
+    ({"model": "Qwen2.5-0.5B", "mode": "dyme"},
+     {"lr": 1e-5, "generations": 16, "max_new_tokens": 1024, "prompts": 32}),
+    ({"data": "aokvqa:FOLDER", "mode": "dyme"},
+     {"lr": 1e-5, "generations": 4, "prompts": 32, "model": "LLaVA-OV-0.5B"}),
+    ({"hints": "DyME/data/chartqa/train_low.json", "mode": "dyme"},
+     {"lr": 1e-5, "generations": 4, "prompts": 32}),
+    ({"model": "SmolVLM-500M", "mode": "grpo"},
+     {"lr": 1e-5, "generations": 4, "prompts": 16, "beta": 0.04}),
+    ({"model": "SmolVLM-500M", "mode": "dyme"},
+     {"lr": 8e-5, "generations": 8, "prompts": 32, "max_new_tokens": 300}),
 ]
 
 
-def test_every_command_of_the_readmes_is_understood_and_the_papers_are_its_recipes(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_every_command_of_the_readmes_is_understood_and_the_papers_are_its_recipes(
+        tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("NAME", "RUN", "runs/NAME"):  # a run to go on with, or to evaluate
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(Config(lr=5e-4))))
+        write_rows(tmp_path / name / "config.json", dataclasses.asdict(Config(lr=5e-4)))
     configs = []
     for program, *flags in commands():
         if program == "eval.py" and flags[0].startswith("runs/"):  # made by another command

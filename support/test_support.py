@@ -7,10 +7,8 @@ import json
 import os
 import re
 import runpy
-import shutil
 import sys
 import threading
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dyme
@@ -34,8 +31,6 @@ from support import (
     ablations,
     attention,
     benchmark,
-    chartqa,
-    data,
     domains,
     feed,
     files,
@@ -45,7 +40,6 @@ from support import (
     make_toy_base,
     onednn,
     parallel,
-    references,
     settings,
     test_course,
     thinking,
@@ -53,19 +47,9 @@ from support import (
 )
 from support import runs as run_folders
 from support.make_toy_base import new_policy
-from test_dyme import CORRECT, CPU, SHARED, TEXT, Capture, Patch, Row, make_trainer, run, take
+from test_dyme import CORRECT, CPU, TEXT, Capture, Patch, make_trainer, run, take
 
-# ---- Data -----------------------------------------------------------------------------------------
-
-
-def test_traces_from_tables_quote_the_cells_and_explain_the_answer() -> None:
-    table = [["Country", "2010", "2011"], ["France", "28", "29"], ["Italy", "43%", "33"], ["Spain", "10", "12"]]
-    assert chartqa.table_facts(table).splitlines()[1] == "Italy: 2010 = 43%, 2011 = 33"
-    sum_trace = chartqa.chart_trace(table, "What is the sum of France and Italy in 2010?", "71")
-    assert "France (2010) = 28, Italy (2010) = 43%." in sum_trace and "28 + 43 = 71." in sum_trace
-    assert "Spain" not in sum_trace and sum_trace.splitlines()[0].startswith("Goal: ")
-    assert "Italy (2010) with 43% is the one asked for" in chartqa.chart_trace(table, "Largest value in 2010?", "43")
-    assert chartqa.chart_trace([], "q", "a") is None
+# ---- The toy -------------------------------------------------------------------------------------
 
 
 def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
@@ -118,195 +102,6 @@ def test_toy_bars_can_be_read_off_the_picture() -> None:
         column = pixels[:, 16 * i + 7]
         color = [int(toy.COLORS[name][j:j + 2], 16) for j in (1, 3, 5)]
         assert (column[:52] == color).all(1).sum() == 5 * value + 1
-
-
-def make_chartqa(root: Path, splits: tuple[str, ...] = ("train", "val", "test"), rows: int = 6) -> Path:
-    for split in splits:
-        for folder in ("png", "tables"):
-            (root / split / folder).mkdir(parents=True)
-        for kind in ("human", "augmented"):
-            entries = []
-            for i in range(rows):
-                name = f"{kind}{i}"
-                Image.new("RGB", (40, 30), (i, 0, 0)).save(root / split / "png" / f"{name}.png")
-                (root / split / "tables" / f"{name}.csv").write_bytes(b"Year,Total\r\n2019,5\r\n2020,7\r\n")
-                entries.append({"imgname": f"{name}.png", "query": f"Total in 2020? ({i})", "label": "7"})
-            (root / split / f"{split}_{kind}.json").write_text(json.dumps(entries))
-    return root
-
-
-def test_chartqa_folder_and_zip_give_the_same_rows(tmp_path: Path, capsys: Capture) -> None:
-    root = make_chartqa(tmp_path / "ChartQA Dataset")
-    archive = tmp_path / "data.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in root.rglob("*"):
-            file.write(path, path.relative_to(tmp_path))
-    for split, count in (("train", 6), ("val", 12), ("test", 12)):
-        local, zipped = (data.load_data(str(source), split) for source in (tmp_path, archive))
-        assert len(local) == len(zipped) == count
-        for a, b in zip(local, zipped, strict=True):
-            assert (a.question, a.answer, a.trace, a.facts, a.source) == (b.question, b.answer, b.trace, b.facts, b.source)
-            assert np.array_equal(np.array(a.image()), np.array(b.image()))
-    assert len(data.load_data(str(archive), "train", augmented=True)) == 12
-    assert "2020 (Total) = 7" in local[0].trace and {e.source for e in local} == {"human", "augmented"}
-
-
-def test_chartqa_without_val_holds_images_back(tmp_path: Path) -> None:
-    root = make_chartqa(tmp_path, splits=("train",), rows=20)
-    train, val = (data.load_data(str(root), split) for split in ("train", "val"))
-    assert len(train) == 18 and len(val) == 2 and {e.question for e in train}.isdisjoint(e.question for e in val)
-    with pytest.raises(UserError, match="test has no usable row"):
-        data.load_data(str(root), "test")
-
-
-def test_own_rows_and_what_is_wrong_with_them(tmp_path: Path) -> None:
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    rows = [{"question": f"q{i}", "answer": i, "image": "a.png" if i < 2 else None, "hint": "h"} for i in range(12)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    train, val, test = (data.load_data(str(path), split) for split in ("train", "val", "test"))
-    assert len(train) + len(val) == len(test) == 12 and val and test[3].answer == "3" and test[0].image().mode == "RGB"
-    assert all(e.trace == "h" for e in test)
-    sides = [sum(e.image is not None for e in split) for split in (train, val)]
-    assert sorted(sides) == [0, 2]  # rows of one image stay together
-    for bad, says in [("[]", "no list of rows"), ('[{"question": "q"}]', "row 1"), ("{", "cannot be read"),
-                      ('[{"question": "q", "answer": "a", "image": "b.png"}]', "row 1: the image b.png"),
-                      ('[{"question": "q", "answer": "a"}]', "two different")]:
-        (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(UserError, match=says):
-            data.load_data(str(tmp_path / "bad.json"), "train")
-    path.write_text(json.dumps(rows[0]) + "\n\n{\n")
-    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read \(line 3: "):
-        data.load_data(str(path), "train")
-
-
-@pytest.mark.parametrize("change, says", [
-    ({"imgname": "../../secret.png"}, "outside its folder"), ({"imgname": "none.png"}, "missing or unreadable"),
-    ({"query": None}, "needs `imgname`"),
-])
-def test_bad_chartqa_rows_are_named(tmp_path: Path, change: Row, says: str) -> None:
-    root = make_chartqa(tmp_path)
-    file = root / "train" / "train_human.json"
-    rows = json.loads(file.read_text())
-    rows[2] |= change
-    file.write_text(json.dumps(rows))
-    with pytest.raises(UserError, match=f"train_human.json row 3.*{says}"):
-        data.load_data(str(root), "train")
-
-
-@pytest.mark.parametrize("text", ["null", "3", "{", "[3]"])
-def test_a_broken_chartqa_file_is_one_line(tmp_path: Path, text: str) -> None:
-    root = make_chartqa(tmp_path)
-    (root / "train" / "train_human.json").write_text(text)
-    with pytest.raises(UserError, match="train_human.json"):
-        data.load_data(str(root), "train")
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_real_charts_and_released_traces(capsys: Capture) -> None:
-    sample = str(SHARED / "chartqa-sample")
-    rows = [e for split in ("train", "val", "test") for e in data.load_data(sample, split, augmented=True)]
-    assert len(rows) == 16 + 40 + 5 + 12 + 52 + 25 and all(e.image().size[0] > 64 for e in rows[:5])
-    assert sum(bool(e.trace) for e in rows) > 140 and len({e.trace for e in rows}) > 100
-    hints = references.read(str(SHARED / "text-samples" / "dyme_chartqa_train_medium_24.json"))
-    assert len(hints) == 24 and all(trace.trace.startswith("Goal:") for found in hints.values() for trace in found)
-
-
-# ---- Domains --------------------------------------------------------------------------------------
-
-
-def answered(example: Example, answer: str) -> tuple[bool, float, float | None]:
-    """Is an answer right as a reward, and its own scores."""
-    judged = thinking.judge(example, f"I think.\nAnswer: {answer}", True)
-    return verify(f"I think.\nAnswer: {answer}", example, True).correct, judged["official"], judged["scores"].get("multiple_choice")
-
-
-def write_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), "white").save(path)
-
-
-def test_aokvqa(tmp_path: Path) -> None:
-    row = {"split": "train", "image_id": 7, "question_id": "x", "question": "What?", "choices": ["cat", "dog", "cow", "pig"],
-           "correct_choice_idx": 1, "direct_answers": ["dog"] * 5 + ["puppy"] * 2 + ["hound"] * 3,
-           "difficult_direct_answer": False, "rationales": ["It barks.", "It is a dog."]}
-    (tmp_path / "aokvqa_v1p0_train.json").write_text(json.dumps([dict(row, question=f"What {i}?") for i in range(12)]))
-    write_image(tmp_path / "train2017" / "000000000007.jpg")
-    train, val = (data.load_data(f"aokvqa:{tmp_path}", split) for split in ("train", "val"))
-    assert len(train) + len(val) == 12 and len(val) == 1 and train[0].trace == "It is a dog." and train[0].answer == "dog"
-    assert train[0].image().size == (8, 8)
-    assert answered(train[0], "dog") == (True, 1.0, True) and answered(train[0], "Puppy.") == (True, 2 / 3, False)
-    assert answered(train[0], "cat") == (False, 0.0, False)
-    with pytest.raises(UserError, match="aokvqa_v1p0_val.*allenai"):
-        data.load_data(f"aokvqa:{tmp_path}", "test")
-
-
-def test_slake_and_images_in_a_zip(tmp_path: Path) -> None:
-    row = {"img_name": "xmlab1/source.jpg", "question": "Which organs?", "answer": "Liver, Kidney", "q_lang": "en",
-           "answer_type": "OPEN", "qid": 1}
-    rows = [row, dict(row, q_lang="zh"), dict(row, question="Is it CT?", answer="Yes", answer_type="CLOSED")]
-    for name in ("train", "validate", "test"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    write_image(tmp_path / "imgs" / "xmlab1" / "source.jpg")
-    with zipfile.ZipFile(tmp_path / "imgs.zip", "w") as file:
-        file.write(tmp_path / "imgs" / "xmlab1" / "source.jpg", "imgs/xmlab1/source.jpg")
-    shutil.rmtree(tmp_path / "imgs")
-    for split in ("train", "val", "test"):
-        opened, closed = data.load_data(f"slake:{tmp_path}", split)
-    assert (opened.source, closed.source) == ("open", "closed") and opened.image().size == (8, 8)
-    assert answered(opened, "kidney, liver")[:2] == (True, 1.0) and answered(opened, "the liver")[:2] == (False, 0.5)
-    assert answered(closed, "yes")[:2] == (True, 1.0) and answered(closed, "yes no")[:2] == (False, 0.0)
-    judged = [thinking.judge(e, f"Answer: {answer}", True) | {"length": 1} for e, answer in ((opened, "liver"), (closed, "Yes"))]
-    summary = thinking.summarise(judged)
-    assert summary["official"] == 0.75 and summary["official_closed"] == 1
-
-
-def test_geometry(tmp_path: Path) -> None:
-    human = ("<image>\nFirst perform reasoning, then select the choice.\nQuestion: What is angle 2?\n"
-             "Choices:\nA: 40\u00b0\nB: 60\u00b0")
-    row = {"image": "g/1.png", "conversations": [{"from": "human", "value": human},
-                                                 {"from": "gpt", "value": "It is alternate.\nAnswer:B"}]}
-    rows = [json.loads(json.dumps(row).replace("angle 2", f"angle {i}")) for i in range(11)]
-    (tmp_path / "qa_tuning.json").write_text(json.dumps(rows))
-    write_image(tmp_path / "images" / "g" / "1.png")
-    example = data.load_data(f"geo170k:{tmp_path}", "train")[0]
-    assert example.question.startswith("What is angle") and "B: 60" in example.question and example.trace == "It is alternate."
-    for answer, right in (("B", 1), ("(B)", 1), ("B: 60\u00b0", 1), ("60", 1), ("60 degrees", 1), ("A", 0), ("40", 0), ("A: 60", 0)):
-        assert answered(example, answer)[:2] == (bool(right), right)
-    test = {"sample_index": "1", "question": "Find x.", "answer": "12 cm", "image": "g/1.png", "question_type": "free-form"}
-    (tmp_path / "testmini.json").write_text(json.dumps([test]))
-    free = data.load_data(f"mathverse:{tmp_path}", "test")[0]
-    assert answered(free, "12")[0] and answered(free, "$12$ cm")[0] and not answered(free, "13 cm")[0]
-    with pytest.raises(UserError, match="no train split"):
-        data.load_data(f"mathverse:{tmp_path}", "train")
-
-
-def test_gsm8k_and_bad_rows(tmp_path: Path) -> None:
-    row = {"question": "How many?", "answer": "She has 2+3=<<2+3=5>>5.\nThen 5*300=<<5*300=1500>>1500.\n#### 1,500"}
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(dict(row, question=f"{i}?")) for i in range(12)))
-    example = data.load_data(f"gsm8k:{tmp_path}", "train")[0]
-    assert example.trace == "She has 2+3=5.\nThen 5*300=1500." and example.image is None
-    assert answered(example, "in 2 weeks 1,500")[0]
-    assert answered(example, "$1,500 dollars")[:2] == (True, 1.0) and not answered(example, "150")[0]
-    assert reward.reference_response(example).endswith("Answer: 1,500") and answered(example, "1,500")[0]
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"question": "x"}))
-    with pytest.raises(UserError, match="train.jsonl row 2: is not a row of gsm8k"):
-        data.load_data(f"gsm8k:{tmp_path}", "train")
-    with pytest.raises(UserError, match="grade-school-math"):
-        data.load_data("gsm8k", "train")
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_published_rows_of_gsm8k_and_aokvqa(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        rows = data.load_data(f"gsm8k:{SHARED / 'text-samples'}", split)
-        assert all(verify(reward.reference_response(e), e, True).correct and "<<" not in e.trace for e in rows)
-    source = json.loads((SHARED / "text-samples" / "aokvqa_v1p0_val_40.json").read_text())
-    (tmp_path / "aokvqa_v1p0_val.json").write_text(json.dumps(source))
-    for row in source:
-        write_image(tmp_path / "val2017" / f"{row['image_id']:012}.jpg")
-    rows = data.load_data(f"aokvqa:{tmp_path}", "test")
-    assert len(rows) == 40 and all(answered(e, e.answer)[0] and e.trace for e in rows)
 
 
 def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
