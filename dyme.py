@@ -49,7 +49,7 @@ from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import DivergedError, UserError, parallel, references, runs, settings, thinking
+from support import DivergedError, UserError, data, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 
@@ -1100,7 +1100,8 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     cfg.micro_batch = cfg.micro_batch or (most if device.type == "cuda" else min(2, most))
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)
-    trainer.rows = references.check(examples, policy, lambda e: full_length(policy, e))
+    trainer.rows = data.check_references(
+        examples, policy, lambda example: full_length(policy, example))
     step = load_checkpoint(folder, trainer) if resumed else 0
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, trainer.rows, held_out)

@@ -261,9 +261,7 @@ def check_references(examples: list[Example], policy: "Policy",
     `length` is that of prompt and reference in tokens. Raises UserError if an answer is too long.
     """
     ends = [policy.tokenizer.decode([token]) for token in policy.end_ids]
-    config: Any = policy.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    kept: list[Example] = []
+    limit, kept = policy.context, list[Example]()
     notes: dict[str, list[str]] = {}
     for example in examples:
         texts = f"{example.trace or ''}\n{example.answer}".lower()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward import Example
-from support import DivergedError, UserError, data, files, parallel, rows, settings
+from support import DivergedError, UserError, data, files, parallel, settings
 
 # ---- The folder ----------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def opened(cfg: Any) -> Iterator[tuple[list[Example], list[Example]]]:
     """
     examples, held_out = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
                           for split in ("train", "val"))
-    held_out = rows.spread(held_out, cfg.eval_rows)
+    held_out = data.spread(held_out, cfg.eval_rows)
     settings.settle_length(cfg, len(examples))
     parallel.check_share(cfg.prompts)
     run = Path(cfg.out)

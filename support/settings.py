@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from support import UserError, domains
+from support import UserError
 
 
 def one_line_parser(description: str) -> argparse.ArgumentParser:
@@ -173,7 +173,7 @@ def check(cfg: Any, models: Iterable[str], choices: dict[str, Iterable[str]] = {
     published = not cfg.data.endswith((".json", ".jsonl", "toy"))
     if cfg.hints and not published:
         raise UserError("--hints belongs to published data sets; your own rows have a field `trace`")
-    if cfg.augmented and (not published or cfg.data.partition(":")[0] in domains.DOMAINS):
+    if cfg.augmented and (not published or ":" in cfg.data):
         raise UserError("--augmented belongs to ChartQA data")
     if cfg.model == "tiny" and cfg.data != "toy":
         raise UserError(f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M")
