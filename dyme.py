@@ -49,7 +49,7 @@ from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import DivergedError, UserError, data, parallel, runs, settings, thinking
+from support import DivergedError, UserError, data, files, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 
@@ -632,6 +632,7 @@ class Trainer:
     rows: list[Example] = field(default_factory=list)  # all training rows
     kept: dict[str, list[Any]] = field(default_factory=dict)  # what extras keep in a checkpoint
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends with the run
+    taken: int = 0  # steps taken; -1 while the weights change
     failures: int = 0  # steps in a row whose loss or gradient was not finite
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
 
@@ -749,6 +750,7 @@ def update(trainer: Trainer, done: Step, lr: float, clock: list[float]) -> None:
     done.metrics = step_metrics(done, sequences, totals)
     if not done.metrics["empty_steps"]:
         done.metrics |= apply_gradients(trainer, done.metrics["loss"], lr)
+    trainer.taken = done.step + 1
     clock.append(time.perf_counter())
     parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     seconds = dict(zip(parts, np.diff(clock).tolist(), strict=True))
@@ -791,6 +793,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     # If the gradient overflows in float16, the scaler is called all the same: it skips the step,
     # and lowers its scale.
     if finite or (scaler.is_enabled() and not math.isfinite(norm)):
+        trainer.taken = -1
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -892,7 +895,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
     quiet = len(parts) < 2 or not parallel.is_main()
     stream = parallel.in_threads(encode, policy.processor, parts, ahead=4)
     bar = tqdm(parts, "answering", ncols=80, leave=False, disable=quiet,
-               mininterval=runs.bar_interval())
+               mininterval=0.5 if sys.stderr.isatty() else 30.0)
     with parallel.errors_shared(), contextlib.closing(stream), bar:
         for part in bar:
             inputs = {name: t.to(policy.device) for name, t in next(stream).items()}
@@ -911,9 +914,10 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     if not parallel.is_main():
         return
     summary = thinking.summarise(predictions)
-    runs.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
+    with runs.tolerated(f"{run}/held-out-{step}.jsonl"):
+        files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
-    runs.say(f"step {step}: " + thinking.one_line(summary))
+    tqdm.write(f"step {step}: " + thinking.one_line(summary))
     accuracy = summary["accuracy"]
     if step and accuracy > trainer.best:
         trainer.best = accuracy
@@ -932,13 +936,13 @@ def save_checkpoint(run: Path, trainer: Trainer, step: int) -> None:
              "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(),
              "kept": trainer.kept}
     save_policy(trainer.policy, run / "checkpoint", state)
+    runs.settled(run)
 
 
 def save_policy(policy: Policy, final: Path, state: dict[str, Any] | None = None) -> None:
     """Write a transformers directory. Raises DivergedError if its weights are not finite."""
-    if not all(bool(torch.isfinite(p).all()) for p in policy.model.parameters()):
-        raise DivergedError("the weights are no longer finite; try a lower --lr")
-    with runs.replaced_folder(final) as folder:
+    runs.check_weights(policy.model)
+    with files.replaced_folder(final) as folder:
         policy.model.save_pretrained(folder)
         policy.processor.save_pretrained(folder)
         if state:
@@ -1104,7 +1108,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
         examples, policy, lambda example: full_length(policy, example))
     step = load_checkpoint(folder, trainer) if resumed else 0
     with parallel.errors_shared():  # nobody goes on before the folder is ready
-        runs.begin(cfg, step, trainer.rows, held_out)
+        runs.begin(cfg, step, examples, held_out)
     runs.print_start(cfg, device, len(trainer.rows), len(held_out), step)
     board = runs.open_board(cfg.tensorboard, folder, step)
     with trainer.closing:
@@ -1123,7 +1127,8 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
     """Take the steps from `first` on, evaluate and save; False if interrupted."""
     cfg, step, saved, stop = trainer.cfg, first, first, False
     bar = runs.progress_bar(cfg.mode, first, cfg.steps)
-    evaluated = {row["step"] for row in runs.read_jsonl(folder / "evaluations.jsonl")}
+    evaluated = {row["step"] for row in files.read_jsonl(folder / "evaluations.jsonl")}
+    trainer.taken = first
     with bar, runs.finish_step_on_interrupt() as interrupted:
         try:
             stream = feed_prompts(trainer, range(first, cfg.steps))
@@ -1146,13 +1151,14 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                     stream = feed_prompts(trainer, range(step, cfg.steps))
                     continue
                 step += 1
-                runs.log_step(folder, done, trainer.policy.tokenizer, board)
+                shown = runs.describe_groups(done, trainer.policy.tokenizer)
+                runs.log_step(folder, done.metrics, shown, board)
                 runs.advance(bar, f"{cfg.mode} {step}/{cfg.steps}", done.metrics)
                 stop = any(parallel.gather(bool(interrupted)))
         finally:  # however it ends, no finished step is lost
             stream.close()
-            if step > saved:
-                save_checkpoint(folder, trainer, step)
+            if trainer.taken > saved:
+                save_checkpoint(folder, trainer, trainer.taken)
     return step == cfg.steps
 
 
@@ -1178,7 +1184,8 @@ def halve_micro_batch(trainer: Trainer) -> None:
         raise  # nothing to halve
     trainer.cfg.micro_batch //= 2
     torch.cuda.empty_cache()
-    runs.say(f"out of memory: going on with --micro-batch {trainer.cfg.micro_batch}")
+    tqdm.write(f"out of memory: going on with --micro-batch {trainer.cfg.micro_batch}",
+               file=sys.stderr)
 
 
 def main() -> int:

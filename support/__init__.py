@@ -1,4 +1,4 @@
-"""What the paper takes for granted: data, processes, run folders, the helper's plumbing, comparisons."""
+"""What the paper takes for granted (the base), and extras that stand above dyme.py."""
 
 
 class UserError(Exception):

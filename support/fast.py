@@ -15,6 +15,7 @@ import copy
 import functools
 import itertools
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,7 +34,6 @@ from transformers.masking_utils import sdpa_mask
 
 import dyme
 from dyme import Inputs, Model, Policy, Prefix, Response, Samples, Sequence
-from support import runs
 
 
 def speed_up(policy: Policy) -> Policy:
@@ -53,7 +54,7 @@ def speed_up(policy: Policy) -> Policy:
             raise ArithmeticError(f"log-probs differ by {difference:.2g}")
     except Exception as error:  # noqa: BLE001 - models fail in many ways, and all mean the same here
         config._attn_implementation = before
-        runs.say(f"going on as with --plain: {type(error).__name__}: {str(error).splitlines()[0]}")
+        tqdm.write(f"going on as with --plain: {type(error).__name__}: {error}", file=sys.stderr)
         return policy
     encode_images_once(model)
     use_onednn(model)
@@ -465,7 +466,7 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
             raise cause from None  # a matter of memory, not of graphs
         model.uncapturable = True
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
-        runs.say(f"decoding without a CUDA graph, slowly: {reason}")
+        tqdm.write(f"decoding without a CUDA graph, slowly: {reason}", file=sys.stderr)
         return step
     torch.cuda.current_stream().wait_stream(own.stream)
     own.latest = graph

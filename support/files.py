@@ -2,24 +2,20 @@
 
 import contextlib
 import errno
+import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from support import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where files are locked in another way
-    fcntl = None
-
-LOCK = "lock"  # the file that is locked
-
-# ---- Writing -------------------------------------------------------------------------------------
+LOCK = "lock"  # the file that is locked while a process works in its folder
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -37,11 +33,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Take away what an error, such as a full disk, has left half written."""
+    """Remove what an error, such as a full disk, leaves half written, and name it in the error."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         remove(path)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -55,16 +53,23 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(final: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of `final`; the old one goes last."""
+    """Give a new folder to fill, which then takes the place of `final`; the old one goes last.
+
+    Raises UserError if the disk fails; `final` is as it was then.
+    """
     new, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
-    for folder in (new, old):
-        remove(folder)
-    new.mkdir()
-    with removed_on_error(new):
-        yield new
-    if os.path.lexists(final):  # also if it is a link that leads nowhere
-        final.rename(old)
-    new.rename(final)
+    try:
+        for folder in (new, old):
+            remove(folder)
+        new.mkdir(parents=True)  # also if someone has renamed the run's folder meanwhile
+        with removed_on_error(new):
+            yield new
+        if os.path.lexists(final):  # also a link that leads nowhere
+            final.rename(old)
+        new.rename(final)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{final}: cannot be written ({reason}); what was there is kept") from None
     remove(old)
 
 
@@ -75,18 +80,25 @@ def restore_folder(final: Path) -> None:
         old.rename(final)
 
 
+def to_line(row: dict[str, Any]) -> str:
+    """Turn a row into a JSON line; numbers that are not finite, which JSON lacks, become null."""
+    finite = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    return json.dumps(finite) + "\n"
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line; numbers that are not finite become null."""
-    finite = {}
-    for key, value in row.items():
-        broken = isinstance(value, float) and not math.isfinite(value)
-        finite[key] = None if broken else value
+    """Append a JSON line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite) + "\n")
+        file.write(to_line(row))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a file by rows as JSON lines."""
+    write_atomically(path, "".join(map(to_line, rows)))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of JSON lines; a line that holds none is left out, such as one that a crash cut short.
+    """Read the objects of JSON lines, less lines that hold none, such as one that a crash cut off.
 
     A missing file is empty, and so is a device, which might never end.
     """
@@ -98,42 +110,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, at one stroke."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---- One process at a time -----------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder. Raises UserError if one is in it.
+    """Keep other processes out of a folder, which goes if it stays empty. Raises UserError.
 
-    The system itself lets go of the lock when a process dies, however that happens.
+    The system itself lets go of the locks when a process dies, however that happens.
     """
-    path = folder / LOCK
-    with path.open("a+") as file:
-        # The one that held the lock may have removed the file since it was opened.
-        if not (lock(file) and path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-            raise UserError(f"--out {folder}: another process works in it; wait for it or name another folder")
+    with contextlib.ExitStack() as stack:
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            # Two locks: one on the folder, as the lock file may be removed by hand, and one on the
+            # file, as some network disks lock no folders.
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+            stack.enter_context(FileLock(folder / LOCK, blocking=False))
+        except (BlockingIOError, Timeout):
+            raise UserError(f"--out {folder}: another process works in it; "
+                            "wait for it or name another folder") from None
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps open files
-                path.unlink()
-
-
-def lock(file: IO[str]) -> bool:
-    """Lock an open file for this process, if no other has; where locks are unknown, it counts as locked."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        # Some network file systems have no locks.
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-    return True
+            remove(folder / LOCK)
+            with contextlib.suppress(OSError):  # as it is not empty
+                folder.rmdir()

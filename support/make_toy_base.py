@@ -30,8 +30,7 @@ def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
     torch.set_num_threads(1)  # the weights must not depend on the number of cores
     lessons = toy.lessons(seed, batch * steps, FLAGGED, dyme.PROMPT)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
-    interval = runs.bar_interval()
-    for step in tqdm(range(steps), "making the tiny base model", ncols=80, mininterval=interval):
+    for step in tqdm(range(steps), "making the tiny base model", ncols=80):
         part = list(itertools.islice(lessons, batch))
         inputs = dyme.encode_prompts(policy, [e for e, _ in part], room=0, prompt="{question}")
         targets = []

@@ -1,7 +1,8 @@
-"""A run is a folder: beginning it, logging into it, showing progress, ending with the right exit code."""
+"""A run is a folder: begin it, log into it, show progress, end with the right exit code."""
+
+from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -12,171 +13,248 @@ import shlex
 import signal
 import sys
 import textwrap
-import time
+import zlib
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward import Example
 from support import DivergedError, UserError, data, files, parallel, settings
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import PreTrainedTokenizerBase
+
+    from dyme import Config, Step
+
 # ---- The folder ----------------------------------------------------------------------------------
 
 FOLDERS = ("checkpoint", "best", "after-sft")
+ASIDE = "overwritten"  # holds the run that a new one replaces, until that has a checkpoint
 
 
-def default_folder(cfg: Any) -> str:
+def default_folder(cfg: Config) -> str:
     """The run folder, if none is named."""
     name = f"{Path(cfg.model).name}-{data.name_of(cfg.data)}-{cfg.mode}-s{cfg.seed}"
     return f"runs/{name.replace(' ', '_')}"
 
 
 @contextlib.contextmanager
-def opened(cfg: Any) -> Iterator[tuple[list[Example], list[Example]]]:
-    """Read a run's training and held-out rows, check or make its folder, and keep other processes out of it.
+def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
+    """Read a run's training and held-out rows, enter its folder, and keep other processes out.
 
-    Settles how long it is. Raises UserError. An existing run is never touched unless asked, and goes on only
-    with the rows that it began with.
+    Settles how long the run is. If it ends before its first checkpoint, the run that it was to
+    replace is put back. Raises UserError: an existing run is touched only if asked.
     """
-    examples, held_out = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
-                          for split in ("train", "val"))
-    held_out = data.spread(held_out, cfg.eval_rows)
-    settings.settle_length(cfg, len(examples))
-    parallel.check_share(cfg.prompts)
-    run = Path(cfg.out)
     with contextlib.ExitStack() as stack:
         with parallel.errors_shared():
+            examples, held_out = (
+                data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
+                for split in ("train", "val"))
+            held_out = data.spread(held_out, cfg.eval_rows)
+            settings.settle_length(cfg, len(examples))
+            parallel.check_share(cfg.prompts)
+        mine = describe_rows(examples, held_out) | {"seal": seal(dataclasses.asdict(cfg))}
+        if any(other != mine for other in parallel.gather(mine)):
+            raise UserError("the processes of this run differ in their flags or rows")
+        # An exception, so that also a signal brings the run before back.
+        stack.enter_context(signals_handled(signal.default_int_handler))
+        with parallel.errors_shared():
             if parallel.is_main():
-                try:
-                    enter(cfg, run, stack)
-                except OSError as error:
-                    raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+                enter(cfg, stack)
                 if cfg.resume:
-                    check_rows(cfg, run, fingerprint(examples, held_out))
+                    check_unchanged(Path(cfg.out), describe_rows(examples, held_out))
         yield examples, held_out
 
 
-def enter(cfg: Any, run: Path, stack: contextlib.ExitStack) -> None:
-    """Check or make the run folder, and lock it until the stack ends."""
-    check_folder(cfg, run)
-    check_inputs(cfg, run)
-    new = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(files.locked(run))
-    if new:
-        stack.callback(remove_if_unused, run)
-    for name in FOLDERS:
-        files.restore_folder(run / name)
-    (run / "config.json.tmp").touch()  # to know now whether it can be written
-    (run / "config.json.tmp").unlink()
-
-
-def check_folder(cfg: Any, run: Path) -> None:
-    """Raise UserError if a folder cannot become this run's."""
-    holds_run = (run / "config.json").exists() and bool(settings.read(run, type(cfg)))
-    if holds_run and not (cfg.resume or cfg.overwrite):
-        raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite replaces it")
-    if not holds_run and run.exists():
+def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
+    """Make or lock the run folder, until the stack ends. Raises UserError if it is not this run's.
+    """
+    run = Path(cfg.out)
+    if (run / "config.json").exists():
+        settings.read(run, type(cfg))
+        if not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out {run}: holds a run; --resume goes on with it, "
+                            "--overwrite replaces it")
+    elif run.exists():
         ours = {files.LOCK, "helper.jsonl"}  # what a start that failed may leave
         if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
-    started = (run / "metrics.jsonl").exists()
-    if cfg.resume and started and not any((run / f"checkpoint{end}").exists() for end in ("", ".old")):
-        raise UserError(f"--out {run}: has no checkpoint to go on from; --overwrite starts it again")
+    check_inputs(cfg, run)
+    run.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(files.locked(run))
+    for name in FOLDERS:
+        files.restore_folder(run / name)
+    if (run / "checkpoint").exists() or read_config(run).get("saved"):
+        restore(run)  # if a start that was to replace this run was killed
+    stack.callback(restore, run)
 
 
-def check_inputs(cfg: Any, run: Path) -> None:
-    """Raise UserError if the run would write over what it starts from."""
-    written = [run.resolve() / path.name for path in outputs(run)]
+def check_inputs(cfg: Config, run: Path) -> None:
+    """Raise UserError if what the run starts from lies in the folder that it writes into."""
     for name in ("model", "data", "hints"):
-        path = Path(getattr(cfg, name)).resolve()
-        lost = any(path.is_relative_to(output) for output in written)
-        if name == "model" and cfg.model != "tiny":
-            lost = lost or path == run.resolve()
-            # A resumed run reads its base only as the KL's reference, which must not be the policy itself.
-            lost = lost and not (cfg.resume and not cfg.beta)
-        if lost:
-            raise UserError(f"--{name} {getattr(cfg, name)}: --out {run} would write over it; name another --out")
-
-
-def remove_if_unused(run: Path) -> None:
-    """Leave no folder where a run did not begin."""
-    if not (run / "config.json").exists():
-        with contextlib.suppress(OSError):
-            (run / files.LOCK).unlink()
-            run.rmdir()
-
-
-def fingerprint(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
-    """What tells other rows from those that a run began with: how many, and a hash of every column."""
-    found: dict[str, Any] = {}
-    for name, part in (("training rows", examples), ("held-out rows", held_out)):
-        found[name] = len(part)
-        for column in ("question", "answer", "trace", "facts", "image"):
-            values = [getattr(example, column) for example in part]
-            if column == "image":
-                values = [bool(value) for value in values]  # which rows have one: to read them all takes long
-            found[f"{column} of {name}"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-    return found
-
-
-def check_rows(cfg: Any, run: Path, now: dict[str, Any]) -> None:
-    """Raise UserError naming what has changed if a run began with other rows; older runs do not know."""
-    before = json.loads((run / "config.json").read_text(encoding="utf-8")).get("rows")
-    if not isinstance(before, dict):
-        return
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    counts = [f"{key}: {before[key]} then, {now[key]} now" for key in changed if " of " not in key]
-    if changed:
-        raise UserError(f"--data {cfg.data}: has changed since the run began ({'; '.join(counts or changed)}); "
-                        "bring the old rows back, or start a new run with another --out")
+        given = getattr(cfg, name)
+        inside = Path(given).exists() and Path(given).resolve().is_relative_to(run.resolve())
+        # A resumed run reads its base only as the KL's reference, which must not be the policy.
+        unread = not given or (name == "model" and cfg.resume and not cfg.beta)
+        if inside and not unread:
+            raise UserError(f"--{name} {given}: lies in --out {run}, where the run would write "
+                            "over it; name another --out")
 
 
 def outputs(run: Path) -> list[Path]:
-    """All that a run writes and a new one in its place removes; other files in the folder are the user's."""
+    """All that a new run in its place removes; what else is in the folder is the user's."""
     names = [folder + end for folder in FOLDERS for end in ("", ".tmp", ".old")]
-    names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "predictions.jsonl", "evaluation.json",
-              "helper.jsonl"]
-    evaluated = [file for file in run.glob("held-out-*.jsonl") if re.fullmatch(r"held-out-\d+", file.stem)]
-    return [run / name for name in [*names, "tensorboard"]] + evaluated
+    names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "predictions.jsonl",
+              "evaluation.json", "tensorboard"]
+    evaluated = [file for file in run.glob("held-out-*.jsonl")
+                 if re.fullmatch(r"held-out-\d+", file.stem)]
+    return [run / name for name in names] + evaluated
 
 
-def begin(cfg: Any, step: int, examples: list[Example], held_out: list[Example]) -> None:
-    """Write down the settings; clear what an overwritten run left, or what came after the checkpoint."""
+def read_config(run: Path) -> dict[str, Any]:
+    """All that `config.json` holds: settings, and what else a run writes down about itself."""
+    file = run / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write_config(run: Path, saved: dict[str, Any]) -> None:
+    """Replace `config.json`."""
+    files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
+
+
+def digest(value: object) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def seal(saved: dict[str, Any]) -> str:
+    """A hash of a run's settings, but for those that may change."""
+    free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal"}
+    return digest({key: value for key, value in saved.items() if key not in free})
+
+
+def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
+    """What tells other rows from those that a run began with; of images, which rows have one."""
+    columns = [(e.question, e.answer, e.trace, e.facts, bool(e.image))
+               for e in [*examples, *held_out]]
+    return {"training rows": len(examples), "held-out rows": len(held_out), "hash": digest(columns)}
+
+
+def check_unchanged(run: Path, found: dict[str, Any]) -> None:
+    """Raise UserError if a run lost its checkpoint or began with other rows; tell edited settings.
+    """
+    saved = read_config(run)
+    if saved.get("saved") and not (run / "checkpoint").exists():
+        raise UserError(f"--out {run}: has no checkpoint to go on from, though one was saved; "
+                        "bring it back, or start again with --overwrite")
+    before = saved.get("rows", {})
+    changed = [f"{key}: {before.get(key)} then, {found[key]} now" for key in found
+               if before.get(key) != found[key]]
+    if changed:
+        raise UserError(f"--data {saved['data']}: has changed since the run began "
+                        f"({'; '.join(changed)}); bring the old rows back, or start a new run "
+                        "with another --out")
+    if saved.get("seal") != seal(saved):
+        print(f"warning: {run / 'config.json'}: its settings were edited since the run began",
+              file=sys.stderr)
+
+
+def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Example]) -> None:
+    """Write down the settings, and the rows as `opened` gave them; clear what is to be repeated."""
     if not parallel.is_main():
         return
     run = Path(cfg.out)
-    if not (cfg.resume and (run / "checkpoint").exists()):
-        for path in outputs(run):
-            if path.name != "helper.jsonl":  # whose replies were paid for
-                files.remove(path)
+    resumed = cfg.resume and (run / "checkpoint").exists()
+    if not resumed:
+        put_aside(run)
     # What --resume changed holds from now on.
-    saved = dataclasses.asdict(cfg) | {"resume": False, "rows": fingerprint(examples, held_out)}
-    files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
+    saved = dataclasses.asdict(cfg) | {"resume": False, "overwrite": False, "saved": resumed}
+    write_config(run, saved | {"rows": describe_rows(examples, held_out), "seal": seal(saved)})
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
-        file = run / f"{name}.jsonl"
-        done = [row for row in files.read_jsonl(file) if isinstance(row.get("step"), int) and row["step"] <= last]
-        files.write_jsonl(file, done)
+        logged = files.read_jsonl(run / f"{name}.jsonl")
+        done = [row for row in logged if isinstance(row.get("step"), int) and row["step"] <= last]
+        files.write_jsonl(run / f"{name}.jsonl", done)
 
 
-def read_state(run: Path, optimizer: torch.optim.Optimizer, device: Any) -> dict[str, Any]:
+def put_aside(run: Path) -> None:
+    """Move what a run has written into a folder of its own; one that was killed unsaved goes."""
+    aside = run / ASIDE
+    if (run / "config.json").exists() and not aside.exists():
+        aside.mkdir()
+        for path in filter(os.path.lexists, outputs(run)):  # the checkpoint first
+            path.rename(aside / path.name)
+        # Last, for it says that all is there.
+        files.write_atomically(aside / "config.json", (run / "config.json").read_text())
+    for path in outputs(run):
+        files.remove(path)
+
+
+def restore(run: Path) -> None:
+    """Bring the run back that was put aside, unless the one in its place has a checkpoint."""
+    aside = run / ASIDE
+    if (run / "checkpoint").exists():
+        settled(run)
+    elif aside.exists():
+        if (aside / "config.json").exists():  # else the rest of it is still in place
+            for path in outputs(run):
+                files.remove(path)
+        order = {"config.json": 0, "checkpoint": 2}  # so that a crash in between can be told
+        for path in sorted(aside.iterdir(), key=lambda path: order.get(path.name, 1)):
+            path.rename(run / path.name)
+        aside.rmdir()
+        print(f"{run}: the run that was there before is back", file=sys.stderr)
+
+
+def settled(run: Path) -> None:
+    """Write down that a run has saved, after which the one that it replaces can go."""
+    with tolerated(str(run / "config.json")):
+        saved = read_config(run)
+        if saved and not saved.get("saved"):  # nothing, if the folder was moved meanwhile
+            write_config(run, saved | {"saved": True})
+        files.remove(run / ASIDE)
+
+
+# ---- Training state ------------------------------------------------------------------------------
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Save the training state beside the weights, and their hash in it. Raises OSError."""
+    file = folder / "training_state.pt"
+    try:
+        with file.open("wb") as written:
+            torch.save(state | {"weights": hash_weights(folder)}, written)
+    except RuntimeError as error:  # PyTorch hides what the disk said
+        code = getattr(error.__context__, "errno", errno.EIO)
+        raise OSError(code, os.strerror(code), str(file)) from None
+
+
+def hash_weights(folder: Path) -> list[str]:
+    """A hash of each file of weights in a transformers directory."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found
+
+
+def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
     """The training state beside a checkpoint's weights; the optimiser takes its part.
 
-    Raises UserError if it is missing, damaged or another model's.
+    Raises UserError if it is missing, damaged, or not of these weights.
     """
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
-        missing = {"step", "optimizer", "scaler", "failures", "kept"} - state.keys()
-        if missing:
-            raise ValueError(f"it lacks {min(missing)}")
+        if state["weights"] != hash_weights(file.parent):
+            raise ValueError("it was saved with other weights than those beside it")
         optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):
@@ -184,151 +262,80 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: Any) -> dict
     except Exception as error:  # noqa: BLE001 - damaged files raise many kinds
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{file}: cannot be read ({reason}); a new run may start from the weights, "
-                        f"--model {run} --out NEW") from None
+                        f"--model {quoted(run)} --out NEW") from None
 
 
-def may_save(failures: int, ended: bool) -> bool:
-    """The main process may, but not while steps in a row fail: the checkpoint before may be the last good one.
-
-    Raises DivergedError if the run has ended so.
-    """
-    if failures > 1 and ended:
-        raise DivergedError(f"the last {failures} steps had a loss or gradient that was not finite; "
-                            "try a lower --lr")
-    return failures < 2 and parallel.is_main()
-
-
-def check_weights(model: Any) -> None:
+def check_weights(model: torch.nn.Module) -> None:
     """Raise DivergedError rather than save weights that are not finite."""
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise DivergedError("the weights are no longer finite; try a lower --lr")
 
 
-def pooling_key(run: Path, cfg: dict[str, Any], changeable: set[str]) -> str:
-    """What runs have in common that differ in nothing but the seed."""
-    setting = {key: value for key, value in cfg.items() if key not in changeable | {"seed"}}
-    return json.dumps([len(files.read_jsonl(run / "metrics.jsonl")), setting])
+# ---- What is printed -----------------------------------------------------------------------------
 
 
-def print_start(cfg: Any, device: Any, training: int, held_out: int, step: int) -> None:
+def quoted(run: Path) -> str:
+    """A folder as a command takes it, also if its name begins like a flag."""
+    return shlex.quote(f"./{run}" if str(run).startswith("-") else str(run))
+
+
+def print_start(cfg: Config, device: torch.device, training: int, held_out: int, step: int) -> None:
     """Say what begins."""
-    if parallel.is_main():
-        begins = "going on" if cfg.resume and step else "starting"
-        where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
-        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; {where}")
-        if training < cfg.prompts:
-            print(f"--prompts {cfg.prompts}: a step takes each of the {training} training rows more than once")
+    if not parallel.is_main():
+        return
+    begins = "going on" if step else "nothing was saved, starting" if cfg.resume else "starting"
+    where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
+    print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
+          f"{where}")
+    if training < cfg.prompts:
+        print(f"--prompts {cfg.prompts}: a step takes each of the {training} training rows more "
+              "than once")
 
 
 def print_stopped(run: Path) -> None:
     """Say how to go on."""
     if parallel.is_main():
-        print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+        print(f"stopped; go on with: python dyme.py --resume --out {quoted(run)}")
+        if not (run / "config.json").exists():
+            print(f"{run} was moved meanwhile: first move {run / 'checkpoint'} to where it is now")
 
 
 def print_summary(run: Path, mode: str, steps: int) -> None:
-    """Print three held-out answers before and after, and what was measured. Held-out rows are greedy."""
-    if not parallel.is_main():
-        return
+    """Print three held-out answers before and after, and what was measured."""
     evaluated = files.read_jsonl(run / "evaluations.jsonl")
-    before, after = evaluated[0], evaluated[-1]
-    old, new = ({(row["name"], row["question"]): row for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
-                for step in (before["step"], steps))
-    shown = chosen_rows([*old.values()], before)
-    for key, p in old.items():
-        if p["name"] in shown and key in new:
-            q = new[key]
-            print(f"\n{q['question']} (answer: {q['answer']}" + (f"; {p['facts']})" if p.get("facts") else ")"))
-            for when, said in (("before", p), ("after", q)):
-                print(f"  {when}: {verdict(said)}")
-                print(textwrap.indent(said["response"] or "(nothing)", "    "))
+    if not (parallel.is_main() and evaluated):
+        return
+    before, after, key = evaluated[0], evaluated[-1], itemgetter("name", "question")
+    new = {key(row): row for row in files.read_jsonl(run / f"held-out-{steps}.jsonl")}
+    old = [row for row in files.read_jsonl(run / f"held-out-{before['step']}.jsonl")
+           if key(row) in new]
+    # One of each source, of those first that the base is worst at; then others.
+    first = [*{row["source"]: row for row in reversed(old)}.values()]
+    first.sort(key=lambda row: before.get(f"any_format_{row['source']}", 0.0))
+    for row in (first + [row for row in old if row not in first])[:3]:
+        facts = f"; {row['facts']}" if row.get("facts") else ""
+        print(f"\n{row['question']} (answer: {row['answer']}{facts})")
+        for when, said in (("before", row), ("after", new[key(row)])):
+            print(f"  {when}: {verdict(said)}")
+            print(textwrap.indent(said["response"] or "(nothing)", "    "))
     print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
-    for name, key in (("right and in the format", "accuracy"), ("and with valid thinking", "valid_thinking"),
-                      ("in the format", "in_format"), ("last word right, in any format", "any_format")):
-        if None not in (before.get(key), after.get(key)):
-            print(f"  {name:31} {before[key]:.3f} -> {after[key]:.3f}")
-    quoted = shlex.quote(str(run))
-    print(f"everything is in {run}; next: python eval.py {quoted}, python eval.py report {quoted}")
-
-
-def chosen_rows(answers: list[dict[str, Any]], summary: dict[str, Any]) -> set[str]:
-    """Names of three rows to show: of the source that the base is worst at, and of two others."""
-    sources = list(dict.fromkeys(row.get("source") for row in answers))
-    sources.sort(key=lambda source: summary.get(f"any_format_{source}", 0.0))
-    chosen: list[str] = []
-    for source in sources[:1] + sources[:0:-1]:
-        chosen += [row["name"] for row in answers if row.get("source") == source][:1]
-    return {*(chosen + [row["name"] for row in answers if row["name"] not in chosen])[:3]}
+    for title, name in (("right and in the format", "accuracy"),
+                        ("and with valid thinking", "valid_thinking"),
+                        ("in the format", "in_format"),
+                        ("last word right, in any format", "any_format")):
+        if None not in (before.get(name), after.get(name)):
+            print(f"  {title:31} {before[name]:.3f} -> {after[name]:.3f}")
+    print(f"everything is in {run}; next: python eval.py {quoted(run)}, "
+          f"python eval.py report {quoted(run)}")
 
 
 def verdict(judged: dict[str, Any]) -> str:
     """A held-out response's answer and thinking, judged in words."""
-    answer = "answer right" if judged["accuracy"] else "answer wrong" if judged["in_format"] else "not in the format"
-    if judged.get("thinking_fault") is None:  # without facts, or of an older run
-        return answer
-    thinking = f"thinking false: {judged['thinking_fault']}" if judged["thinking_fault"] else "thinking valid"
-    return f"{answer}; {thinking}"
-
-
-# ---- Logging -------------------------------------------------------------------------------------
-
-
-def open_board(wanted: bool, run: Path, step: int) -> Any:
-    """A TensorBoard writer, if one is wanted."""
-    if not (wanted and parallel.is_main()):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-    board = SummaryWriter(run / "tensorboard", purge_step=step)  # drops what a resumed run repeats
-    for row in files.read_jsonl(run / "evaluations.jsonl"):
-        if row["step"] == step:  # the one evaluation that it does not repeat
-            add_scalars(board, "evaluations", row)
-    return board
-
-
-def record(file: Path, row: dict[str, Any], board: Any) -> None:
-    """Append a row of a step to a file, and its numbers to TensorBoard."""
-    files.append_row(file, row)
-    if board:
-        add_scalars(board, file.stem, row)
-
-
-def log_step(run: Path, done, tokenizer, board: Any) -> None:
-    """Write down a step's metrics and the groups that it shows in full."""
-    from support import samples
-    if parallel.is_main():
-        record(run / "metrics.jsonl", done.metrics, board)
-        shown = samples.describe(done, tokenizer)
-        for row in shown:
-            files.append_row(run / "samples.jsonl", row)
-
-
-def add_scalars(board: Any, title: str, row: dict[str, Any]) -> None:
-    """Write the numbers of a step to TensorBoard."""
-    for key, value in row.items():
-        if isinstance(value, int | float) and key != "step":
-            board.add_scalar(f"{title}/{key}", value, row["step"])
-    board.flush()
-
-
-# ---- Progress ------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Note the seconds since the last lap."""
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-
-def bar_interval() -> float:
-    """Seconds between updates of a progress bar: often on a terminal, rarely in a log."""
-    return 0.5 if sys.stderr.isatty() else 30.0
+    wrong = "answer wrong" if judged["in_format"] else "not in the format"
+    answer = "answer right" if judged["accuracy"] else wrong
+    fault = judged.get("thinking_fault")  # None without facts to judge by
+    thinking = "" if fault is None else f"thinking false: {fault}" if fault else "thinking valid"
+    return "; ".join(filter(None, (answer, thinking)))
 
 
 def progress_bar(name: str, first: int, steps: int) -> tqdm:
@@ -353,101 +360,186 @@ def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
         print(f"{name} {seconds:.2f} s {line}", file=sys.stderr)
 
 
+# ---- Logging -------------------------------------------------------------------------------------
+
+TOLD: set[str] = set()  # what could not be written
+
+
+@contextlib.contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Let a run go on where it cannot write to a log, and say so once."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a closed file
+        if what not in TOLD:
+            TOLD.add(what)
+            print(f"warning: {what}: cannot be written ({error}); going on", file=sys.stderr)
+
+
+class Output:
+    """A stream, such as stdout, whose failure (a closed terminal, a full disk) ends no run."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
+        self.name = name
+        with contextlib.suppress(AttributeError):  # a stand-in may not have it
+            self.stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write at once; after a failure all goes to nowhere."""
+        with tolerated(self.name):
+            try:
+                self.stream.write(text)
+                self.stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                raise
+        return len(text)
+
+
+def open_board(wanted: bool, run: Path, step: int) -> SummaryWriter | None:
+    """A TensorBoard writer, if one is wanted."""
+    if not (wanted and parallel.is_main()):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    board = SummaryWriter(run / "tensorboard", purge_step=step)  # drops what a resumed run repeats
+    for row in files.read_jsonl(run / "evaluations.jsonl"):
+        if row["step"] == step:  # the one evaluation that it does not repeat
+            add_scalars(board, "evaluations", row)
+    return board
+
+
+def add_scalars(board: SummaryWriter, title: str, row: dict[str, Any]) -> None:
+    """Write the numbers of a step to TensorBoard."""
+    for key, value in row.items():
+        if isinstance(value, int | float) and key != "step":
+            board.add_scalar(f"{title}/{key}", value, row["step"])
+    board.flush()
+
+
+def record(file: Path, row: dict[str, Any], board: SummaryWriter | None) -> None:
+    """Append a row of a step to a file, and its numbers to TensorBoard."""
+    with tolerated(str(file)):
+        files.append_row(file, row)
+        if board:
+            add_scalars(board, file.stem, row)
+
+
+def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]],
+             board: SummaryWriter | None) -> None:
+    """Write down a step's metrics and the groups that it shows in full."""
+    if parallel.is_main():
+        record(run / "metrics.jsonl", logged, board)
+        for row in shown:
+            record(run / "samples.jsonl", row, None)
+
+
+MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both"}
+FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it returns
+
+
+def describe_groups(done: Step, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows for `samples.jsonl`: the groups of the prompts that are followed, or of one, in full."""
+    # Chosen by a hash of the name, not at random: prompts return in each epoch, and every run
+    # keeps the same.
+    hashes = [zlib.crc32(example.name.encode()) for example in done.examples]
+    chosen = [p for p, value in enumerate(hashes) if value < FOLLOWED]
+    found = []
+    for p in chosen or [hashes.index(min(hashes))]:
+        example, responses = done.examples[p], []
+        targets = [s.ids for s in done.sequences if s.prompt == p and not s.explore]
+        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in targets]
+        # Neither explored nor memorized: it waits in the buffer of `--switch budget`.
+        mode = MODES.get((bool(done.explore[p]), bool(targets)), "buffered")
+        if done.responses:  # SFT has none
+            numbers = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards,
+                       "advantage": done.advantages}
+            for k, response in enumerate(done.responses[p]):
+                rounded = {name: round(value[p, k].item(), 4) for name, value in numbers.items()}
+                responses.append({"text": response.text, "finished": response.finished,
+                                  "r_f": float(response.in_format)} | rounded)
+        found.append({"step": done.step, "name": example.name, "source": example.source,
+                      "question": example.question, "answer": example.answer,
+                      "facts": example.facts, "mode": mode, "trace": example.trace,
+                      "target": decoded[0] if decoded else None, "responses": responses})
+    return found
+
+
+def pooling_key(run: Path, cfg: dict[str, Any], changeable: set[str]) -> str:
+    """What runs have in common that differ in nothing but the seed."""
+    setting = {key: value for key, value in cfg.items() if key not in changeable | {"seed"}}
+    return json.dumps([len(files.read_jsonl(run / "metrics.jsonl")), setting])
+
+
 # ---- Signals and the end -------------------------------------------------------------------------
+
+# Ctrl-C; an end by the system, a closed ssh window; what batch systems send before they kill.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
+
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Give the signals that ask a run to stop to a handler, within a block."""
+    # What `nohup` has the process ignore stays ignored.
+    numbers = [number for number in STOP_SIGNALS
+               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager
 def finish_step_on_interrupt() -> Iterator[list[int]]:
-    """Turn Ctrl-C (or SIGTERM) into an entry of the yielded list; a second one ends the process at once."""
+    """Turn a signal to stop into an entry of the yielded list; a second Ctrl-C ends at once."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if number in received:  # torchrun passes Ctrl-C on as a SIGTERM: that is no second one
-            print("interrupted", file=sys.stderr, flush=True)
-            # Not by an exception, which would wait for threads, and they perhaps for a helper. Files are
-            # whole at any time.
+        # torchrun passes Ctrl-C on as a SIGTERM, which is no second one; SIGXCPU comes each second.
+        if number in received and number in (signal.SIGINT, signal.SIGTERM):
+            print("interrupted", file=sys.stderr)
+            # Not by an exception, which would wait for threads, and they perhaps for a helper.
+            # Files are whole at any time.
             os._exit(130)
         received.append(number)
-        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+        with contextlib.suppress(RuntimeError):  # if it came in the middle of another line
+            tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled(handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-FULL_DISK = "no space left on the disk; make room, then --resume goes on from the last checkpoint"
 
 
 def run_main(program: Callable[[], None]) -> int:
-    """Run a program to its exit code: one line for what the user can mend (2), no word for Ctrl-C (130)."""
-    keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stand-in may not have it
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a question's letters
+    """Run a program to its exit code: 2 and one line for what the user can mend, 130 for Ctrl-C."""
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        program()
-    except UserError as error:
-        return complain(str(error), 2)
-    except DivergedError as error:
-        return complain(f"{error}; the last checkpoint, if there is one, is kept", 1)
-    except (MemoryError, RuntimeError, SafetensorError) as error:
-        text = str(error)  # PyTorch has no classes for these
-        if re.search("No space left|PytorchStreamWriter failed|inline_container.*unexpected pos", text):
-            return complain(FULL_DISK, 2)
-        if re.search("gloo|NCCL|Connection (closed|reset)", text):
-            return complain("another process of this run has ended, see its message; --resume goes on from "
-                            "the last checkpoint", 1)
-        if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
-            return complain("out of memory; lower the batch (--micro-batch; --batch in eval.py), "
-                            "--image-edge, --max-new-tokens or --generations", 2)
-        raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the output went into `head` or the like, which has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return complain(FULL_DISK, 2)
-        if error.filename is None:
-            raise
-        return complain(f"{error.filename}: {error.strerror}", 2)
-    return 0
-
-
-def complain(message: str, code: int) -> int:
-    """Print an error in one line; the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    message, code = "", 0
+    with (contextlib.redirect_stdout(Output(sys.stdout, "stdout")),  # type: ignore[type-var]
+          contextlib.redirect_stderr(Output(sys.stderr, "stderr"))):  # type: ignore[type-var]
+        try:
+            program()
+        except UserError as error:
+            message, code = f"error: {error}", 2
+        except DivergedError as error:
+            message, code = f"error: {error}; the last checkpoint, if there is one, is kept", 1
+        except KeyboardInterrupt:
+            message, code = "interrupted", 130
+        except OSError as error:
+            if error.filename is None:
+                raise
+            message, code = f"error: {error.filename}: {error.strerror}", 2
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and "t allocate memory" not in str(error):  # as PyTorch says on the CPU
+                raise
+            message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
+                             "eval.py), --image-edge, --max-new-tokens or --generations"), 2
+        if message:
+            print(message, file=sys.stderr)
     return code
-
-
-def keep_freed_memory() -> None:
-    if os.environ.get("NOMALLOPT"): return
-    """Have glibc reuse large blocks, not return them: fresh pages took 40 % of an update on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems manage memory in other ways
-        libc, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
-
-
-from support.files import read_jsonl, replaced_folder, write_jsonl  # noqa
-
-
-def say(text):
-    if parallel.is_main():
-        tqdm.write(text)
-
-
-def write_state(folder, state):
-    torch.save(state, folder / "training_state.pt")
-
-
-def settled(run):
-    pass

@@ -1,21 +1,23 @@
 """Tests of run folders: how long a run is, what it refuses, and what it survives."""
 
-import errno
+import contextlib
+import dataclasses
 import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from transformers.hf_argparser import HfArg
 
 import dyme
 import eval as evaluation
@@ -24,19 +26,54 @@ from support import DivergedError, UserError, files, settings, toy
 from support import runs as run_folders
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
 
-# ---- How long a run is ----------------------------------------------------------------------------
+HERE = os.environ | {"PYTHONPATH": str(Path(dyme.__file__).parent)}
+
+
+def at_step(monkeypatch: Patch, number: int, act: Callable[[], Any]) -> None:
+    """Do something before a step is taken."""
+    real = dyme.train_step
+
+    def hooked(trainer: dyme.Trainer, examples: list[Any], *rest: Any, **named: Any) -> Any:
+        if (named["step"] if "step" in named else rest[0]) == number:
+            act()
+        return real(trainer, examples, *rest, **named)
+    monkeypatch.setattr(dyme, "train_step", hooked)
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """What a folder holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file()}
+
+
+def change_config(run_folder: Path, **changes: Any) -> None:
+    saved = json.loads((run_folder / "config.json").read_text())
+    (run_folder / "config.json").write_text(json.dumps(saved | changes))
+
+
+def saved_step(run_folder: Path) -> int:
+    state = torch.load(run_folder / "checkpoint" / "training_state.pt", weights_only=True)
+    return state["step"]
+
+
+# ---- How long a run is ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, steps", [
     ("dyme", 100),  # 2 passes over 400 rows at 8 a step
     ("grpo", 100),
     ("sft", 25),  # at 8 x 4 a step
-    ("two-stage", 13 + 48),  # one pass of SFT takes 13 steps and 416 rows; 384 are left for GRPO
+    ("two-stage", 13 + 48),  # one pass of SFT: 13 steps and 416 rows; 384 are left for GRPO
 ])
-def test_epochs_are_passes_over_the_data_in_every_mode(mode: str, steps: int) -> None:
+def test_epochs_are_passes_over_the_data_in_every_mode(mode: Any, steps: int) -> None:
     cfg = Config(mode=mode, epochs=2.0, sft_steps=0, prompts=8, generations=4)
     settings.settle_length(cfg, rows=400)
-    assert cfg.steps == steps and cfg.sft_steps == (13 if mode == "two-stage" else 0)
+    assert cfg.steps == steps
+    assert cfg.sft_steps == (13 if mode == "two-stage" else 0)
     seen = sum(len(dyme.step_rows(cfg, step, 400)) for step in range(cfg.steps))
     assert 800 <= seen < 800 + 32
     cfg.steps, cfg.resume = 7 * steps, True  # a run of before: it keeps its length
@@ -45,41 +82,38 @@ def test_epochs_are_passes_over_the_data_in_every_mode(mode: str, steps: int) ->
 
 
 def test_steps_are_what_they_say_and_real_two_stage_gets_one_pass_of_sft() -> None:
-    cfg = dyme.parse_config(["--model", str(toy.BASE), "--data", "x.jsonl", "--mode", "two-stage", "--steps", "90"])
+    cfg = dyme.parse_config(["--model", str(toy.BASE), "--data", "x.jsonl", "--mode", "two-stage",
+                             "--steps", "90"])
     settings.settle_length(cfg, rows=2560)
     assert (cfg.steps, cfg.sft_steps) == (90, 10)
     cfg = dyme.parse_config(["--mode", "two-stage", "--epochs", "2"])
-    with pytest.raises(UserError, match="--sft-steps 150: SFT takes all"):  # 150 x 64 rows are more than two passes
-        settings.settle_length(cfg, rows=2048)
+    with pytest.raises(UserError, match="--sft-steps 150: SFT takes all"):
+        settings.settle_length(cfg, rows=2048)  # 150 x 64 rows are more than two passes
 
 
-# ---- The reference of the KL ----------------------------------------------------------------------
+# ---- The reference of the KL ---------------------------------------------------------------------
 
 
-def test_the_kl_of_two_stage_is_to_the_model_after_sft_also_when_resumed(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    flags = ["--mode", "two-stage", "--sft-steps", "2", "--steps", "5", "--beta", "0.5", "--lr", "0.01", "--save-every", "3"]
+def test_the_kl_of_two_stage_is_to_the_model_after_sft_also_when_resumed(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    flags = ["--mode", "two-stage", "--sft-steps", "2", "--steps", "5", "--beta", "0.5",
+             "--lr", "0.01", "--save-every", "3"]
     assert run(runs, "whole", *flags) == 0
     kl = [row["kl"] for row in files.read_jsonl(runs / "whole" / "metrics.jsonl")]
-    assert kl[:2] == [0, 0] and kl[2] == pytest.approx(0, abs=1e-6) and min(kl[3:]) > 1e-5  # GRPO starts at its reference
-    real = dyme.train_step
-
-    def killed(trainer: dyme.Trainer, examples: list[Any], step: int, *rest: Any) -> Any:
-        if step == 4:
-            raise SystemError  # stands in for a kill; the checkpoint is of step 3
-        return real(trainer, examples, step, *rest)
-    monkeypatch.setattr(dyme, "train_step", killed)
-    with pytest.raises(SystemError):
-        run(runs, "killed", *flags)
-    shutil.copytree(runs / "killed", runs / "older")
-    shutil.rmtree(runs / "older" / "after-sft")  # as runs were before it was kept
-    monkeypatch.setattr(dyme, "train_step", real)
-    assert run(runs, "killed", "--resume") == 0 == run(runs, "older", "--resume")
-    assert same_weights(runs / "whole", runs / "killed") and not same_weights(runs / "whole", runs / "older")
-    assert without_times(runs / "whole" / "metrics.jsonl") == without_times(runs / "killed" / "metrics.jsonl")
-    assert files.read_jsonl(runs / "older" / "metrics.jsonl")[3]["kl"] > 10 * kl[3]  # to the base, which is far by now
+    assert kl[:2] == [0, 0]
+    assert kl[2] == pytest.approx(0, abs=1e-6)  # GRPO starts at its reference
+    assert min(kl[3:]) > 1e-5
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: fail(SystemError()))
+        with pytest.raises(SystemError):
+            run(runs, "killed", *flags)
+    assert run(runs, "killed", "--resume") == 0
+    assert same_weights(runs / "whole", runs / "killed")
+    logs = [without_times(runs / name / "metrics.jsonl") for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
 
 
-# ---- Nothing is lost or silently wrong ------------------------------------------------------------
+# ---- Who may work in a folder, and on what -------------------------------------------------------
 
 HOLD = """
 import sys, time
@@ -91,85 +125,203 @@ with files.locked(Path(sys.argv[1])):
 """
 
 
-def test_one_process_at_a_time_and_a_killed_one_lets_go(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0 and not (runs / "a" / files.LOCK).exists()
-    here = os.environ | {"PYTHONPATH": str(Path(dyme.__file__).parent)}
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(runs / "a")], env=here, stdout=subprocess.PIPE)
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Another process works in a folder; it is killed at the end."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], env=HERE,
+                             stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline() == b"held\n"
-    before = {path: path.read_bytes() for path in (runs / "a").glob("*.jsonl")}
-    for program in (lambda: run(runs, "a", "--resume"), lambda: run(runs, "a", "--steps", "2", "--overwrite"),
-                    lambda: run_folders.run_main(lambda: evaluation.main([str(runs / "a"), "--limit", "1"]))):
-        assert program() == 2 and "another process works in it" in capsys.readouterr().err
-    elsewhere = ["--limit", "1", "--out", str(runs / "b")]  # reading is free
-    assert run_folders.run_main(lambda: evaluation.main([str(runs / "a"), *elsewhere])) == 0
-    assert {path: path.read_bytes() for path in (runs / "a").glob("*.jsonl")} == before
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    assert (runs / "a" / files.LOCK).exists() and run(runs, "a", "--resume") == 0
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
-def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path: Path, monkeypatch: Patch) -> None:
-    real = files.lock
+def test_one_process_at_a_time_and_a_killed_one_lets_go(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1") == 0
+    assert not (runs / "a" / files.LOCK).exists()
+    a = str(runs / "a")
+    with held(runs / "a"):
+        before = written(runs / "a")
+        for program in (lambda: run(runs, "a", "--resume"),
+                        lambda: run(runs, "a", "--steps", "2", "--overwrite"),
+                        lambda: run_folders.run_main(lambda: evaluation.main([a, "--limit", "1"]))):
+            assert program() == 2
+            assert "another process works in it" in capsys.readouterr().err
+        elsewhere = [a, "--limit", "1", "--out", str(runs / "b")]  # reading is free
+        assert run_folders.run_main(lambda: evaluation.main(elsewhere)) == 0
+        assert written(runs / "a") == before
+    assert (runs / "a" / files.LOCK).exists()
+    assert run(runs, "a", "--resume") == 0
 
-    def late(file: Any) -> bool:  # the one before has removed it, and a third process has made it anew
+
+def test_a_lock_that_is_removed_by_hand_still_holds(tmp_path: Path) -> None:
+    with held(tmp_path):
         (tmp_path / files.LOCK).unlink()
-        (tmp_path / files.LOCK).touch()
-        return real(file)
-    monkeypatch.setattr(files, "lock", late)
-    with pytest.raises(UserError, match="another process"), files.locked(tmp_path):
+        with pytest.raises(UserError, match="another process"), files.locked(tmp_path):
+            pass
+    with files.locked(tmp_path):
         pass
 
 
+def test_the_lock_file_holds_where_folders_cannot_be_locked(
+        tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(files.fcntl, "flock", lambda handle, how, real=files.fcntl.flock:
+                        fail(OSError("a network disk")) if Path(f"/proc/self/fd/{handle}").is_dir()
+                        else real(handle, how))
+    with held(tmp_path), pytest.raises(UserError, match="another process"):
+        with files.locked(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("change, says", [
-    (lambda rows: [row for row in rows if " 5 " not in row["question"]], "training rows: 18 then, 17 now"),
-    (lambda rows: [row | {"answer": "blue"} for row in rows], "answer of training rows; answer of held-out rows"),
-    (lambda rows: rows[::-1], "question of training rows"),
-    (lambda rows: [row | {"hint": "Think."} for row in rows], "trace of training rows"),
+    (lambda rows: [row for row in rows if " 5 " not in row["question"]], "rows: 18 then, 17 now"),
+    (lambda rows: [row | {"answer": "blue"} for row in rows], "has changed"),
+    (lambda rows: rows[::-1], "has changed"),
+    (lambda rows: [row | {"trace": "Think."} for row in rows], "has changed"),
 ])
-def test_a_run_does_not_go_on_with_other_rows(runs: Path, capsys: Capture, change: Callable[[list[Row]], list[Row]], says: str) -> None:
+def test_a_run_does_not_go_on_with_other_rows(
+        runs: Path, capsys: Capture, change: Callable[[list[Row]], list[Row]], says: str) -> None:
     rows = [{"question": f"Which bar {i} is the tallest?", "answer": "red"} for i in range(19)]
     (runs / "rows.json").write_text(json.dumps(rows))
-    assert run(runs, "a", "--model", str(toy.BASE), "--data", str(runs / "rows.json"), "--steps", "1") == 0
-    assert run(runs, "a", "--resume") == 0 and "it is finished" in capsys.readouterr().out
+    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json")]
+    assert run(runs, "a", *flags, "--steps", "1") == 0
+    assert run(runs, "a", "--resume") == 0
+    assert "it is finished" in capsys.readouterr().out
     (runs / "rows.json").write_text(json.dumps(change(rows)))
-    before = (runs / "a" / "metrics.jsonl").read_text()
-    assert run(runs, "a", "--resume") == 2 and says in capsys.readouterr().err
-    assert (runs / "a" / "metrics.jsonl").read_text() == before
-    config = json.loads((runs / "a" / "config.json").read_text())
-    (runs / "a" / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "rows"}))
-    assert run(runs, "a", "--resume") == 0  # a run of before there was a fingerprint
+    before = written(runs / "a")
+    assert run(runs, "a", "--resume") == 2
+    assert says in capsys.readouterr().err
+    assert written(runs / "a") == before
+
+
+def test_a_run_whose_trace_was_too_long_to_imitate_goes_on(runs: Path, capsys: Capture) -> None:
+    rows = [{"question": f"Which bar {i} is the tallest?", "answer": "red", "trace": "red 3."}
+            for i in range(9)]
+    rows[3]["trace"] = "red 3 and blue 4. " * 300
+    (runs / "rows.json").write_text(json.dumps(rows))
+    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json")]
+    assert run(runs, "a", *flags, "--steps", "1") == 0
+    assert "warning: 1 training rows" in capsys.readouterr().out
+    assert run(runs, "a", "--resume") == 0
+
+
+def test_settings_edited_by_hand_are_told(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1") == 0
+    change_config(runs / "a", save_every=7)  # which may change
+    assert run(runs, "a", "--resume") == 0
+    assert "edited" not in capsys.readouterr().err
+    change_config(runs / "a", lr=0.5)
+    assert run(runs, "a", "--resume") == 0
+    assert "config.json: its settings were edited" in capsys.readouterr().err
+
+
+# ---- A run that starts does not cost the one before ----------------------------------------------
 
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0
-    mine = ["held-out-mine.jsonl", "best.json", "checkpoint.md", "notes.jsonl", "metrics.csv"]
+    mine = ["held-out-mine.jsonl", "best.json", "checkpoint.md", "notes.jsonl", "helper.jsonl"]
     for name in mine:
         (runs / "a" / name).write_text("{}")
     a = str(runs / "a")
-    for flags in (["--model", a], ["--model", f"{a}/../a/best"], ["--model", f"{a}/checkpoint"]):
-        assert run(runs, "a", *flags, "--data", "toy", "--mode", "grpo", "--beta", "1", "--overwrite") == 2
-        assert "--out" in capsys.readouterr().err and (runs / "a" / "held-out-2.jsonl").exists()
+    grpo = ["--mode", "grpo", "--beta", "1", "--data", "toy", "--overwrite"]
+    for model in (a, f"{a}/../a/best", f"{a}/checkpoint"):
+        assert run(runs, "a", "--model", model, *grpo) == 2
+        assert "--out" in capsys.readouterr().err
     rows = [{"question": f"{i}?", "answer": "1"} for i in range(4)]
     (runs / "a" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run(runs, "a", "--model", str(toy.BASE), "--data", f"{a}/samples.jsonl", "--overwrite") == 2
+    data = f"{a}/samples.jsonl"
+    assert run(runs, "a", "--model", str(toy.BASE), "--data", data, "--overwrite") == 2
+    assert (runs / "a" / "held-out-2.jsonl").exists()
     assert run(runs, "a", "--steps", "1", "--overwrite") == 0
-    assert all((runs / "a" / name).exists() for name in mine) and not (runs / "a" / "held-out-2.jsonl").exists()
+    left = {path.name for path in (runs / "a").iterdir()}
+    assert left >= {*mine, "held-out-1.jsonl", "checkpoint"}
+    assert not left & {"held-out-2.jsonl", run_folders.ASIDE}
+
+
+@pytest.mark.parametrize("error", [
+    lambda: fail(UserError("a picture is broken")), lambda: fail(DivergedError("NaN")),
+    lambda: fail(KeyError("a bug")), *[lambda number=number: os.kill(os.getpid(), number)
+                                       for number in run_folders.STOP_SIGNALS]])
+def test_a_run_that_ends_before_it_saves_brings_the_one_before_back(
+        runs: Path, monkeypatch: Patch, capsys: Capture, error: Callable[[], Any]) -> None:
+    assert run(runs, "a", "--steps", "2") == 0
+    (runs / "a" / "mine.txt").write_text("mine")
+    before = written(runs / "a")
+    monkeypatch.setattr(dyme, "evaluate", lambda *args: error())  # the first evaluation
+    with contextlib.suppress(KeyError):
+        assert run(runs, "a", "--steps", "1", "--overwrite") in (1, 2, 130)
+    assert written(runs / "a") == before
+    assert "the run that was there before is back" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_it_saved_keeps_the_one_before_aside(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "2") == 0
+    before = written(runs / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folders, "restore", lambda run: None)  # as if killed
+        patch.setattr(dyme, "evaluate", lambda *args: fail(KeyboardInterrupt()))
+        assert run(runs, "a", "--steps", "1", "--overwrite") == 130
+    shutil.copytree(runs / "a", runs / "b")
+    assert written(runs / "a" / run_folders.ASIDE) == before
+    with monkeypatch.context() as patch:  # once more, and it fails in the ordinary way
+        patch.setattr(dyme, "evaluate", lambda *args: fail(UserError("no")))
+        assert run(runs, "a", "--steps", "1", "--overwrite") == 2
+    assert written(runs / "a") == before
+    assert run(runs, "b", "--resume") == 0
+    assert "nothing was saved, starting at step 0 of 1" in capsys.readouterr().out
+    assert not (runs / "b" / run_folders.ASIDE).exists()
+
+
+@pytest.mark.parametrize("moved", [["checkpoint"], ["checkpoint", "best", "metrics.jsonl"],
+                                   ["checkpoint", "samples.jsonl", "evaluations.jsonl"]])
+def test_a_kill_among_the_moves_loses_nothing(
+        runs: Path, capsys: Capture, moved: list[str]) -> None:
+    assert run(runs, "a", "--steps", "2") == 0
+    before = written(runs / "a")
+    (runs / "a" / run_folders.ASIDE).mkdir()
+    for path in filter(Path.exists, [runs / "a" / name for name in moved]):
+        path.rename(runs / "a" / run_folders.ASIDE / path.name)
+    assert run(runs, "a", "--resume") == 0
+    assert written(runs / "a").keys() == before.keys()
+
+
+def test_a_run_that_never_saved_starts_again_and_one_that_has_saved_does_not(
+        runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1") == 0
+    (runs / "a" / "metrics.jsonl").unlink()
+    (runs / "a" / "checkpoint").rename(runs / "elsewhere")
+    before = written(runs / "a")
+    assert run(runs, "a", "--resume") == 2
+    assert "has no checkpoint to go on from" in capsys.readouterr().err
+    assert written(runs / "a") == before
+    change_config(runs / "a", saved=False)
+    assert run(runs, "a", "--resume") == 0
+    assert "nothing was saved, starting at step 0 of 1" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_leaves_no_folder(runs: Path, capsys: Capture) -> None:
+    shutil.copytree(toy.BASE, runs / "base")
+    (runs / "base" / "model.safetensors").write_bytes(b"cut")
+    assert run(runs, "a", "--model", str(runs / "base"), "--data", "toy") == 2
+    assert not (runs / "a").exists()
 
 
 def test_more_prompts_than_rows_are_told(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1", "--prompts", "16") == 0
     assert "more than once" not in capsys.readouterr().out
     assert run(runs, "b", "--mode", "sft", "--steps", "1", "--prompts", "17") == 0
-    assert "--prompts 17: a step takes each of the 16 training rows more than once" in capsys.readouterr().out
+    assert "--prompts 17: a step takes each of the 16 training rows" in capsys.readouterr().out
 
 
-def test_a_start_that_fails_leaves_no_folder(runs: Path, capsys: Capture) -> None:
-    shutil.copytree(toy.BASE, runs / "base")
-    (runs / "base" / "model.safetensors").write_bytes(b"cut")
-    assert run(runs, "a", "--model", str(runs / "base"), "--data", "toy") == 2 and not (runs / "a").exists()
+# ---- What is saved -------------------------------------------------------------------------------
 
 
-def test_broken_weights_and_failing_steps_are_not_saved(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_broken_weights_and_failing_steps_are_not_saved(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def damaged(*names: str) -> Callable[..., Any]:
         def step(trainer: dyme.Trainer, batch: Any, number: int, *rest: Any) -> Any:
             done = real(trainer, batch, number, *rest)
@@ -179,47 +331,128 @@ def test_broken_weights_and_failing_steps_are_not_saved(runs: Path, monkeypatch:
             return done
         return step
     real, flags = dyme.take_step, ["--steps", "5", "--save-every", "1", "--eval-every", "0"]
-    for name, says in (("weights", "the weights are no longer finite"), ("steps", "the last 3 steps had a loss")):
+    # A single failed step changes nothing.
+    for name, says, last in (("weights", "the weights are no longer finite", 2),
+                             ("steps", "the last 3 steps had a loss", 3)):
         monkeypatch.setattr(dyme, "take_step", damaged(name))
-        assert run(runs, name, *flags) == 1 and says in capsys.readouterr().err
-        state = torch.load(runs / name / "checkpoint" / "training_state.pt", weights_only=True)
-        assert state["step"] == {"weights": 2, "steps": 3}[name]  # a single failed step changed nothing
+        assert run(runs, name, *flags) == 1
+        assert says in capsys.readouterr().err
+        assert saved_step(runs / name) == last
         weights = dyme.load_policy(str(runs / name), torch.device("cpu")).model.parameters()
-        assert all(torch.isfinite(p).all() for p in weights) and not (runs / name / "checkpoint.tmp").exists()
+        assert all(torch.isfinite(p).all() for p in weights)
+        assert not (runs / name / "checkpoint.tmp").exists()
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    frozen.weight.fill_(math.inf)
     with pytest.raises(DivergedError):
-        run_folders.check_weights(torch.nn.Linear(2, 2).requires_grad_(False).apply(lambda m: m.weight.fill_(math.inf)))
+        run_folders.check_weights(frozen)
 
 
-# ---- Damaged folders, full disks ------------------------------------------------------------------
+def test_weights_and_state_of_different_saves_do_not_go_on(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--steps", "1") == 0 == run(runs, "b", "--steps", "1", "--seed", "1")
+    shutil.copy(runs / "b" / "checkpoint" / "model.safetensors", runs / "a" / "checkpoint")
+    assert run(runs, "a", "--resume") == 2
+    assert "it was saved with other weights than those beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whither", ["elsewhere", "nowhere"])
-def test_a_checkpoint_that_is_a_link_is_followed_and_replaced(runs: Path, capsys: Capture, whither: str) -> None:
+def test_a_checkpoint_that_is_a_link_is_followed_and_replaced(
+        runs: Path, capsys: Capture, whither: str) -> None:
     assert run(runs, "a", "--steps", "1") == 0
-    (runs / "a" / "checkpoint").rename(runs / "elsewhere")
-    (runs / "a" / "checkpoint").symlink_to(runs / whither)
+    checkpoint = runs / "a" / "checkpoint"
+    checkpoint.rename(runs / "elsewhere")
+    checkpoint.symlink_to(runs / whither)
     assert run(runs, "a", "--resume") == (0 if whither == "elsewhere" else 2)
-    assert run(runs, "a", "--steps", "3", "--save-every", "1", "--overwrite") == 0 == run(runs, "a", "--resume")
-    assert not (runs / "a" / "checkpoint").is_symlink() and (runs / "elsewhere" / "training_state.pt").exists()
-    for link in ("checkpoint", "checkpoint.old", "checkpoint.tmp"):  # also one that appears meanwhile
+    assert run(runs, "a", "--steps", "3", "--save-every", "1", "--overwrite") == 0
+    assert run(runs, "a", "--resume") == 0
+    assert not checkpoint.is_symlink()
+    assert (runs / "elsewhere" / "training_state.pt").exists()
+    for link in ("checkpoint", "checkpoint.old", "checkpoint.tmp"):  # also one that appears
         files.remove(runs / "a" / link)
         (runs / "a" / link).symlink_to(runs / "nowhere")
-    with files.replaced_folder(runs / "a" / "checkpoint") as folder:
+    with files.replaced_folder(checkpoint) as folder:
         (folder / "x").touch()
-    assert (runs / "a" / "checkpoint" / "x").exists() and not (runs / "a" / "checkpoint.old").is_symlink()
+    assert (checkpoint / "x").exists()
+    assert not (runs / "a" / "checkpoint.old").is_symlink()
 
 
 @pytest.mark.parametrize("damage", [
-    lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.write_bytes(b""),
-    lambda file: file.write_text("text"), lambda file: torch.save({"step": 1}, file), lambda file: torch.save([1], file),
-    lambda file: torch.save(torch.load(file) | {"optimizer": {"state": {}, "param_groups": []}}, file),
+    lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:5000]),
+    lambda file: file.write_bytes(b""), lambda file: file.write_text("text"),
+    lambda file: torch.save({"step": 1}, file), lambda file: torch.save([1], file),
+    lambda file: torch.save(torch.load(file) | {"optimizer": {"state": {}, "param_groups": []}},
+                            file),
 ])
-def test_a_damaged_training_state_is_one_line(runs: Path, capsys: Capture, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_training_state_is_one_line(
+        runs: Path, capsys: Capture, damage: Callable[[Path], None]) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     damage(runs / "a" / "checkpoint" / "training_state.pt")
     assert run(runs, "a", "--resume") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "training_state.pt: cannot be read" in error and f"--model {runs / 'a'} --out NEW" in error
+    assert "training_state.pt: cannot be read" in error
+    assert f"--model {runs / 'a'} --out NEW" in error
+
+
+@pytest.mark.parametrize("limit", [1_000_000, 2_200_000])  # within the weights; within the state
+def test_a_failing_disk_is_one_line_and_costs_no_checkpoint(
+        runs: Path, monkeypatch: Patch, capsys: Capture, limit: int) -> None:
+    def shrink(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    assert run(runs, "first", "--steps", "1") == 0
+    for name, flags in (("first", ["--overwrite"]), ("second", ["--save-every", "1"])):
+        with monkeypatch.context() as patch:
+            at_step(patch, len(flags) - 1, lambda: shrink(limit))
+            try:
+                assert run(runs, name, "--steps", "2", *flags) == 2
+            finally:
+                shrink(resource.RLIM_INFINITY)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "cannot be written" in error
+        assert "File too large" in error
+        assert {path.name for path in (runs / name).glob("checkpoint*")} == {"checkpoint"}
+        assert saved_step(runs / name) == 1
+        assert run(runs, name, "--resume") == 0
+
+
+# ---- What is written, printed and read -----------------------------------------------------------
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def block() -> None:
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            (runs / "a" / name).unlink()
+            (runs / "a" / name).mkdir()
+    at_step(monkeypatch, 1, block)
+    assert run(runs, "a", "--steps", "4") == 2  # the summary cannot be read
+    log = capsys.readouterr().err
+    assert log.count("metrics.jsonl: cannot be written") == 1
+    assert log.count("evaluations.jsonl: cannot be written") == 1
+    assert saved_step(runs / "a") == 4
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_terminal_or_a_full_log_ends_no_run(
+        runs: Path, monkeypatch: Patch, capsys: Capture, stream: str) -> None:
+    run_folders.TOLD.clear()
+    monkeypatch.setattr(sys, stream, open("/dev/full", "w"))
+    assert run(runs, "a", "--steps", "2") == 0
+    if stream == "stdout":
+        assert capsys.readouterr().err.count("warning: stdout: cannot be written") == 1
+    monkeypatch.setattr(sys, stream, None)  # as Python has it if it was closed from the start
+    assert run(runs, "b", "--steps", "1") == 0
+
+
+def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch: Patch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))
+    assert run_folders.run_main(lambda: print("Größe \u2028")) == 0
+    assert b"Gr\\xf6\\xdfe" in out.getvalue()
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    row = {"loss": math.nan, "responses": [{"advantage": math.inf}]}
+    files.append_row(tmp_path / "a", row)
+    assert files.read_jsonl(tmp_path / "a") == [{"loss": None, "responses": [{"advantage": None}]}]
 
 
 def test_lines_that_are_no_rows_are_left_out(runs: Path, capsys: Capture) -> None:
@@ -227,7 +460,8 @@ def test_lines_that_are_no_rows_are_left_out(runs: Path, capsys: Capture) -> Non
     for name in ("metrics", "samples", "evaluations", "held-out-0", "held-out-2"):
         with (runs / "a" / f"{name}.jsonl").open("ab") as file:
             file.write(b'\xff\xfe\n[1]\nnull\n"text"\n{"cut\n' + b"[" * 100_000 + b"\n")
-    assert run(runs, "a", "--resume") == 0 and "it is finished" in capsys.readouterr().out
+    assert run(runs, "a", "--resume") == 0
+    assert "it is finished" in capsys.readouterr().out
     assert [row["step"] for row in files.read_jsonl(runs / "a" / "metrics.jsonl")] == [0, 1]
     page = ["report", str(runs / "a"), "--out", str(runs / "page.html")]
     assert run_folders.run_main(lambda: evaluation.main(page)) == 0
@@ -237,90 +471,143 @@ def test_lines_that_are_no_rows_are_left_out(runs: Path, capsys: Capture) -> Non
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"steps": "2"}, '`steps` is "2", not of type int'), ({"lr": None}, "`lr` is null"), ({"seed": 1.5}, "`seed` is 1.5"),
-    ({"augmented": 1}, "`augmented` is 1"), ({"prompts": True}, "`prompts` is true"), ({"data": ["toy"]}, "`data` is"),
-    ({"mode": "ppo"}, "--mode ppo: must be one of"), ({"lr": math.nan}, "--lr nan"), ({"prompts": 0}, "--prompts 0"),
+    ({"steps": "2"}, '`steps` is "2", not of type int'), ({"lr": None}, "`lr` is null"),
+    ({"seed": 1.5}, "`seed` is 1.5"), ({"augmented": 1}, "`augmented` is 1"),
+    ({"prompts": True}, "`prompts` is true"), ({"data": ["toy"]}, "`data` is"),
+    ({"mode": "ppo"}, "--mode ppo: must be one of"), ({"lr": math.nan}, "--lr nan"),
+    ({"prompts": 0}, "--prompts 0"), ({"rows": {"training rows": 3}}, "rows: 3 then, 16 now"),
 ])
-def test_a_damaged_config_is_one_line(runs: Path, capsys: Capture, change: Row, says: str) -> None:
-    cfg = settings.dataclasses.asdict(Config(lr=1e-3, steps=2, prompts=2, out=str(runs / "a")))
+def test_a_damaged_config_is_one_line(
+        runs: Path, capsys: Capture, change: Row, says: str) -> None:
+    cfg = dataclasses.asdict(Config(lr=1e-3, steps=2, prompts=2, out=str(runs / "a")))
     (runs / "a").mkdir()
     (runs / "a" / "config.json").write_text(json.dumps(cfg | change))
-    assert run_folders.run_main(lambda: dyme.train(dyme.parse_config(["--resume", "--out", str(runs / "a")]))) == 2
+    flags = ["--resume", "--out", str(runs / "a")]
+    assert run_folders.run_main(lambda: dyme.train(dyme.parse_config(flags))) == 2
     error = capsys.readouterr().err.strip()
-    assert says in error and "\n" not in error
+    assert says in error
+    assert "\n" not in error
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"),
-    RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
-    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 865984 vs 865876"),  # as it comes from a full tmpfs
-])
-def test_a_full_disk_says_so_and_costs_no_checkpoint(runs: Path, monkeypatch: Patch, capsys: Capture, error: Exception) -> None:
-    real, calls = torch.save, []
-
-    def fail(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise error
-        real(*args)
-    monkeypatch.setattr(torch, "save", fail)
-    assert run(runs, "a", "--steps", "2", "--save-every", "1") == 2
-    assert "no space left on the disk" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert {path.name for path in (runs / "a").glob("checkpoint*")} == {"checkpoint"}  # the half-written one is gone
-    assert run(runs, "a", "--resume") == 0
-
-
-def test_a_file_that_may_not_be_read_is_named(runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_file_that_may_not_be_read_is_named(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     real = Path.read_text
 
     def refuse(path: Path, *args: Any, **options: Any) -> str:
         if path.name == "config.json" and path.parent.name == "a":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **options)
     monkeypatch.setattr(Path, "read_text", refuse)  # root may read anything
-    assert run(runs, "a", "--resume") == 2 and "config.json: cannot be read (Permission denied)" in capsys.readouterr().err
+    assert run(runs, "a", "--resume") == 2
+    assert "config.json: cannot be read (Permission denied)" in capsys.readouterr().err
+    error = PermissionError(13, "Permission denied", "x/metrics.jsonl")
+    assert run_folders.run_main(lambda: fail(error)) == 2
+    assert "x/metrics.jsonl: Permission denied" in capsys.readouterr().err
 
-    def fail() -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "x/metrics.jsonl")
-    assert run_folders.run_main(fail) == 2 and "x/metrics.jsonl: Permission denied" in capsys.readouterr().err
 
-
-@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[9].role }}"])
+@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}",
+                                      "{{ messages[9].role }}"])
 def test_a_broken_chat_template_is_one_line(runs: Path, capsys: Capture, template: str) -> None:
     shutil.copytree(toy.BASE, runs / "base")
     (runs / "base" / "chat_template.jinja").write_text(template)
     assert run(runs, "a", "--model", str(runs / "base"), "--data", "toy") == 2
     error = capsys.readouterr().err.strip()
-    assert "base: its chat template fails" in error and "\n" not in error
+    assert "base: its chat template fails" in error
+    assert "\n" not in error
 
 
 def test_only_plain_files_are_replaced(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0
     (runs / "target").write_text("mine")
     (runs / "link").symlink_to(runs / "target")
     os.mkfifo(runs / "pipe")
-    for name in ("link", "pipe", "a"):
-        page = ["report", str(runs / "a"), "--out", str(runs / name)]
-        assert run_folders.run_main(lambda page=page: evaluation.main(page)) == 2 and "not a plain file" in capsys.readouterr().err
-    assert (runs / "target").read_text() == "mine" and (runs / "link").is_symlink() and (runs / "pipe").is_fifo()
-    with pytest.raises(OSError, match="plain file"):
-        files.write_atomically(Path(os.devnull), "")
+    (runs / "folder").mkdir()
+    for path in (runs / "link", runs / "pipe", runs / "folder", Path(os.devnull)):
+        with pytest.raises(OSError, match="plain file"):
+            files.write_atomically(path, "")
+    assert (runs / "target").read_text() == "mine"
+    assert (runs / "link").is_symlink()
+    assert (runs / "pipe").is_fifo()
     assert files.read_jsonl(Path("/dev/zero")) == []  # which never ends
 
 
-# ---- The command line, signals --------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Few:
+    """Settings to read."""
+
+    top_steps: int = HfArg(default=3, help="how many, in %")
+    mode: Literal["one", "two"] = HfArg(default="one", help="which")
+    fast: bool = HfArg(default=False, help="at once")
+
+
+def test_flags_that_are_given_are_read_in_both_spellings() -> None:
+    assert settings.read_flags(Few, "", []) == {}
+    assert settings.read_flags(Few, "", ["--top-steps", "3", "--fast"]) == {"top_steps": 3,
+                                                                           "fast": True}
+    assert settings.read_flags(Few, "", ["--top_steps", "4"]) == {"top_steps": 4}
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--top-step", "3"], "did you mean --top-steps?"), (["--top", "3"], "--top"),
+    (["--mode", "three"], "argument --mode: invalid choice: 'three'"),
+    (["--top_steps", "x"], "argument --top-steps: invalid int value: 'x'"),
+])
+def test_flags_that_do_not_exist_are_one_line(argv: list[str], says: str) -> None:
+    with pytest.raises(UserError) as raised:
+        settings.read_flags(Few, "", argv)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_help_shows_flags_and_defaults_in_80_columns(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        settings.read_flags(Few, "About it.", ["--help"])
+    shown = capsys.readouterr().out
+    assert "--top-steps N" in shown
+    assert "how many, in % [3]" in shown
+    assert "--mode {one,two}" in shown
+    assert "top_steps" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("flags", [
-    ["--temperature", "nan"], ["--temperature", "inf"], ["--thinking-weight", "1e39"], ["--format-weight", "-1"],
-    ["--beta", "nan", "--mode", "grpo"], ["--epochs", "inf"], ["--vision-cache", "nan"], ["--steps", "3", "--epochs", "2"],
+    ["--temperature", "nan"], ["--temperature", "inf"], ["--thinking-weight", "1e39"],
+    ["--format-weight", "-1"], ["--beta", "nan", "--mode", "grpo"], ["--epochs", "inf"],
+    ["--steps", "3", "--epochs", "2"], ["--switch", "budget:x"], ["--switch", "budget:1"],
 ])
-def test_numbers_that_cannot_be_are_refused(runs: Path, capsys: Capture, flags: list[str]) -> None:
-    assert run(runs, "a", *flags) == 2 and flags[0] in capsys.readouterr().err and not (runs / "a").exists()
+def test_numbers_that_cannot_be_are_refused(
+        runs: Path, capsys: Capture, flags: list[str]) -> None:
+    assert run(runs, "a", *flags) == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (runs / "a").exists()
     if flags[0] == "--temperature":
         assert run_folders.run_main(lambda: evaluation.main(["tiny", *flags])) == 2
 
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_done(
+        runs: Path, capsys: Capture) -> None:
+    assert run(runs, os.fsdecode(b"a\xff"), "--steps", "1") == 2
+    assert "must be UTF-8" in capsys.readouterr().err
+    assert list(runs.iterdir()) == []
+
+
+def test_printed_commands_take_a_name_that_begins_like_a_flag(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.chdir(runs)
+    run_folders.print_stopped(Path("-x y"))
+    assert "--resume --out './-x y'" in capsys.readouterr().out
+
+
+def test_a_password_in_a_url_is_not_printed(runs: Path, capsys: Capture) -> None:
+    assert run(runs, "a", "--helper-url", "me:secret@host", "--helper-model", "m") == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+# ---- Signals -------------------------------------------------------------------------------------
 
 HANG = """
 import sys, threading, time
@@ -336,17 +623,33 @@ sys.exit(runs.run_main(program))
 """
 
 
-def test_a_second_signal_ends_the_process_whatever_its_threads_do(tmp_path: Path) -> None:
-    here = os.environ | {"PYTHONPATH": str(Path(dyme.__file__).parent)}
-    hanging = subprocess.Popen([sys.executable, "-c", HANG], env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert hanging.stdout and hanging.stderr and hanging.stdout.readline() == "ready\n"
+def test_a_second_signal_ends_the_process_whatever_its_threads_do() -> None:
+    hanging = subprocess.Popen([sys.executable, "-c", HANG], env=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert hanging.stdout and hanging.stderr
+    assert hanging.stdout.readline() == "ready\n"
     hanging.send_signal(signal.SIGINT)
     assert "stopping after this step" in hanging.stderr.readline()
     hanging.send_signal(signal.SIGINT)
     assert hanging.wait(timeout=10) == 130
 
 
-def test_letters_that_the_terminal_lacks_end_no_run(monkeypatch: Patch) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-    assert run_folders.run_main(lambda: print("Größe \u2028")) == 0 and b"Gr\\xf6\\xdfe" in written.getvalue()
+@pytest.mark.parametrize("number", run_folders.STOP_SIGNALS)
+def test_a_signal_to_stop_lets_the_step_end_and_saves(
+        runs: Path, monkeypatch: Patch, capsys: Capture, number: int) -> None:
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
+    assert run(runs, "a", "--steps", "4", "--save-every", "0") == 130
+    assert saved_step(runs / "a") == 2
+    assert f"--resume --out {runs / 'a'}" in capsys.readouterr().out
+
+
+def test_what_repeats_is_no_second_ctrl_c_and_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with run_folders.finish_step_on_interrupt() as received:
+            for number in (signal.SIGXCPU, signal.SIGXCPU, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            assert received == [signal.SIGXCPU, signal.SIGXCPU]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
