@@ -66,30 +66,86 @@ Row = dict[str, Any]
 @pytest.mark.parametrize("prediction, target, right", [
     ("104", "100", True), ("105", "100", True), ("106", "100", False), ("95.1", "100", True),
     ("100", "104", True), ("100", "95", False),  # 5 % of the target, not of the prediction
-    ("42%", "0.42", True), ("42%", "42", False), ("-3", "3", False), ("0", "0", True), ("0.0", "0", False),
-    ("France", "france", True), ("Francs", "France", False), ("1,000", "1000", False), ("2010", "2009", True),
+    ("42%", "0.42", True), ("42%", "42", False), ("-3", "3", False), ("0", "0", True),
+    ("0.0", "0", False),
+    ("France", "france", True), ("Francs", "France", False), ("1,000", "1000", False),
+    ("2010", "2009", True),
 ])
 def test_relaxed_match_is_the_official_metric(prediction: str, target: str, right: bool) -> None:
     assert reward.relaxed_match(prediction, target) is right
 
 
 @pytest.mark.parametrize("answer, target", [
-    ("1,234", "1234"), ("$42", "42"), ("42 %", "42"), ("42%", "0.42"), ("42.", "42"), ("12.50", "12.5"), ("Yes.", "yes"),
-    ("**7**", "7"), ("-$1,000.5", "-1000.5"), ("\u22125", "-5"), ("cape  verde", "Cape Verde"), (".5", "0.5"),
-    ("[Cape Verde, United Kingdom]", "[Cape Verde, United Kingdom]"), ("22, 35", "[22, 35]"), ("[22,35]", "[22, 35]"),
-    ("[1,234, 5]", "[1234, 5]"), ("120, 130", "[120,130]"), ("Chain stores*", "Chain stores*"),
+    ("1,234", "1234"), ("$42", "42"), ("42 %", "42"), ("42%", "0.42"), ("0.42", "42%"),
+    ("42.", "42"),
+    ("12.50", "12.5"), ("Yes.", "yes"), ("**7**", "7"), ("-$1,000.5", "-1000.5"),
+    ("cape  verde", "Cape Verde"),
+    (".5", "0.5"), ("[Cape Verde, United Kingdom]", "[Cape Verde, United Kingdom]"),
+    ("22, 35", "[22, 35]"),
+    ("[22,35]", "[22, 35]"), ("[1,234, 5]", "[1234, 5]"), ("120, 130", "[120,130]"),
+    ("Chain stores*", "Chain stores*"), ("a, b, and c", "[a, b, c]"), ("[5]", "5"),
+    # TeX, typography, tags
+    ("$14$", "14"), (r"\(14\)", "14"), (r"$\boxed{\text{Italy}}$", "Italy"), (r"42\%", "42%"),
+    (r"-\frac{3}{4}", "-0.75"), (r"5\frac{1}{2}", "5.5"), (r"14\,000", "14000"),
+    (r"60^\circ", "60"),
+    ("\u22125", "-5"), ("–5", "-5"), ("2010–2015", "2010-2015"), ("“red”", "red"),
+    ("Don’t know", "Don't know"),
+    ("Co\u0302te", "Côte"), ("５％", "5%"), ("5。", "5"), ("5\u200b", "5"), ("(red)", "red"),
+    ("<answer>5</answer>", "5"), ("5 </CONCLUSION>", "5"), ("** 42", "42"),  # after `**Answer:`
+    # Numbers, and what stands around them
+    ("1e3", "1000"), ("5e-05", "0.00005"), ("1 234", "1234"), ("12/4", "3"), ("3 1/2", "3.5"),
+    ("three", "3"),
+    ("1.2 million", "1200000"), ("42 percent", "42"), ("5 €", "5"), ("5 dollars", "$5"),
+    ("20°C", "20°"),
+    ("5 bars", "5"), ("the red bar", "red"), ("The answer is: 5.", "5"), ("= 5", "5"),
+    ("about 5", "5"),
+    ("Yes, it is.", "Yes"), ("No, it is not.", "No"), ("Red!", "Red"), ("true", "True"),
 ])
 def test_verify_forgives_formatting(answer: str, target: str) -> None:
-    assert verify(f"Some thinking.\nAnswer: {answer}", Example("Q?", target)).correct
+    example = Example("Which bar of the bars?", target)
+    assert verify(f"Some thinking.\nAnswer: {answer}", example).correct
 
 
 @pytest.mark.parametrize("answer, target", [
-    ("42", "43"), ("1,23", "123"), ("1.234", "1,234"), ("4200%", "42%"), ("42", "0.42"), ("5", "-5"), ("42 43", "42"),
-    ("42 million", "42"), ("Norway", "Sweden"), ("[35, 22]", "[22, 35]"), ("22", "[22, 35]"), ("1e3", "1000"),
-    ("1_000", "1000"), ("nan", "5"), ("5.0001", "5"), ("12", "1|2"), ("", "5"),
+    ("42", "43"), ("1,23", "123"), ("1.234", "1,234"), ("4200%", "42%"), ("42", "0.42"),
+    ("5", "-5"), ("-5", "5"),
+    ("42 43", "42"), ("42 million", "42"), ("Norway", "Sweden"), ("[35, 22]", "[22, 35]"),
+    ("22", "[22, 35]"),
+    ("1_000", "1000"), ("nan", "5"), ("5.0001", "5"), ("12", "1|2"), ("", "5"), ("1950", "2019"),
+    ("500%", "5"), ("1000%", "10"), ("100%", "1"), ("1,2", "12"), ("10 of 20", "10%"),
+    ("5/6", "5"), ("±5", "5"),
+    ("1，234", "1234"), ("5，6", "5"), ("5 or 6", "5"), ("5, 6", "5"), ("5 more bars", "5"),
+    ("5 apples", "5"),
+    ("more than 5", "5"), ("5€", "$5"), ("20°F", "20°C"), (r"\frac{1}{2x}", r"\frac{1}{2}x"),
+    ("1234", "(1,234)"),
+    ("12345678901234567891", "12345678901234567890"), ("1e1000", "1e999"), ("inf", "1e999"),
+    ("**", "*"),
+    ("not left", "Left"), ("left right", "Left"), ("Yes and no", "Yes"), ("Yes, but no", "Yes"),
+    ("No idea", "No"),
+    ("A negative", "negative"), ("<span>", "<div>"), ("Cote", "Côte"),
 ])
 def test_verify_never_forgives_a_wrong_value(answer: str, target: str) -> None:
-    assert not verify(f"Answer: {answer}", Example("Q?", target)).correct
+    assert not verify(f"Answer: {answer}", Example("Which of the bars?", target)).correct
+
+
+@pytest.mark.parametrize("answer", [
+    "5e-05", "1e+22", "True", "nan", "-inf", "1e999", "[x]", "(5)", "...", "*", "C\nD"])
+def test_any_answer_is_met_by_its_own_reference(answer: str) -> None:
+    example = Example("Q?", answer)
+    assert verify(reward.reference_response(example), example).correct
+
+
+def test_an_answer_of_invisible_characters_is_empty() -> None:
+    assert reward.strip_answer("\u200b\ufeff \u00ad") == ""
+
+
+@pytest.mark.skipif(not (SHARED / "cases").exists(), reason="needs ../shared/cases")
+@pytest.mark.parametrize("verdict", ["right", "wrong"])
+def test_verify_decides_as_a_person_would(verdict: str) -> None:
+    for target, answer in json.loads((SHARED / "cases" / "answers.json").read_text())[verdict]:
+        example = Example("How many bars are there?", target)
+        correct = verify(f"Answer: {answer}", example).correct
+        assert correct is (verdict == "right"), (target, answer)
 
 
 def test_verify_wants_one_flag_and_an_end() -> None:
@@ -108,65 +164,6 @@ def test_thinking_f1_by_hand() -> None:
     assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
     assert reward.thinking_f1("1,234", "1,234.5") == 0
     assert reward.thinking_f1("8 + 3 = 5", "8 - 3 = 5") == pytest.approx(4 / 5)  # operators are tokens
-
-
-def test_groundedness_by_hand() -> None:
-    facts = "red 3, blue 4, green 9"
-    assert thinking.groundedness("red 3, blue 4. 3 + 4 = 7.", facts) == (5, 5)
-    assert thinking.groundedness("red 3, blue 5. 3 + 5 = 8.", facts) == (2, 5)  # 5 is not in the chart, so 8 is not derived
-    assert thinking.groundedness("3 + 4 = 8", facts) == (2, 3)  # wrong arithmetic
-    assert thinking.groundedness("(3 + 9) / 2 = 6", facts) == (4, 4)  # an average's count is derived
-    assert thinking.groundedness("(3 + 9) / 2 = 5", facts) == (2, 4) and thinking.groundedness("9 / 2 = 4.5", facts) == (2, 3)
-    assert thinking.groundedness("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", facts) == (12, 12)
-    assert not thinking.equations("sales (2018) = 41. = 3. 5 = 5. x = 4") and thinking.groundedness("sales (4) = 3", facts) == (2, 2)
-    assert [e.true for e in thinking.equations("3 − 7 = −4, 8 -3 = 5, 3 × 2 = 6, 9 ÷ 3 = −3")] == [True, True, True, False]
-    assert [e.true for e in thinking.equations("$5 - $3 = $2, 3 - 5 = - 2, 20 / 50 = 40%, (2 + 2 + 3) / 3 = 2.3, 1/6 = 0.16")] == [True] * 5
-    assert [e.true for e in thinking.equations("- red: 3\n- 3 + 4 = 7\nblue: 3\n-4 + 5 = 1")] == [True, True]
-    # Neither a digit that is no number, nor a range, nor a sum that stands for its own.
-    assert not thinking.equations("3 + 4 = ²; ages 18-29 = 42%, 3 + 9 = 24 / 2") and not thinking.equations("29 - 18 = 12")[0].true
-    assert thinking.groundedness("3 + 9 / 2 = 7.5", facts) == (3, 4)
-    assert not any(e.true for e in thinking.equations("-3 + 4 = 7. 0.1 + 0.2 = 0.31. 3 - -4 = -1"))
-    assert thinking.groundedness("above 5: green 9", facts, "How many bars are above 5?") == (1, 1)
-    assert thinking._arithmetic("__import__('os')") is None and thinking._arithmetic("2 + 3 * 4") == 14
-
-
-@pytest.mark.parametrize("thought, fault", [
-    ("Observation: red 8, blue 3.\nReasoning: 8 - 3 = 5.\nConclusion: 5.", ""),
-    ("red 8, blue 3. 8 + 3 = 5, so 5.", "8 + 3 = 5 is false"), ("red 9, blue 4. 9 - 4 = 5.", "9 is not in the image"),
-    ("red 8, blue 3. 8 - 3 = 5. Conclusion: 3.", "it does not end in 5"), ("", "nothing is quoted from the image"),
-    ("It is so: five or 5", "5 is not in the image"), ("8 - 3 = 5", "")])
-def test_valid_thinking_by_hand(thought: str, fault: str) -> None:
-    example = Example("How much taller is red than blue?", "5", facts="red 8, blue 3")
-    assert thinking.thinking_fault(f"{thought}\nAnswer: 5", example) == fault
-    judged = thinking.judge(example, f"{thought}\nAnswer: 5", True)
-    assert judged["accuracy"] and judged["valid_thinking"] is (fault == "") and judged["thinking_fault"] == fault
-    assert thinking.judge(example, f"{thought}\nAnswer: 6", True)["valid_thinking"] is False  # wrong for right reasons
-    without = thinking.judge(dataclasses.replace(example, facts=None), "Answer: 5", True)
-    assert without["valid_thinking"] is None and without["accuracy"]
-
-
-def test_a_text_ends_in_an_answer_formatting_aside() -> None:
-    assert thinking.ends_in("so 1,000 + 234 = 1,234.", "1234") and thinking.ends_in("it is −4", "-4")
-    assert thinking.ends_in("change -5", "-$5") and not thinking.ends_in("is -$5", "5") and thinking.ends_in("= - 2", "-2")
-    assert thinking.ends_in("3-4", "4") and thinking.ends_in("[22, 35]", "22,35")
-    assert not thinking.ends_in("it is 4", "-4") and not thinking.ends_in("it is -4", "4") and not thinking.ends_in("", "4")
-
-
-def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> None:
-    rows = [Example("q", "Cape Verde", source="a"), Example("q", "7", source="b"), Example("q", "7", source="b")]
-    said = ["It is the Cape Verde.", "so 7 of 8", "thus\nAnswer: 7"]
-    judged = [thinking.judge(e, text, True) | {"length": 1} for e, text in zip(rows, said, strict=True)]
-    assert [p["any_format"] for p in judged] == [True, False, True]
-    summary = thinking.summarise(judged)
-    assert summary["any_format"] == pytest.approx(2 / 3) and summary["accuracy_a"] == 0 and summary["accuracy_b"] == 0.5
-    assert summary["official"] == pytest.approx(1 / 3) and summary["valid_thinking"] is None  # not a mean over parts
-
-
-def test_time_to_judge_grows_no_faster_than_a_response() -> None:
-    for text in (" " * 50_000, "1 + " * 20_000 + "= 3", "Answer: -" + " " * 50_000 + "x", "(" * 50_000):
-        start = time.perf_counter()
-        thinking.judge(Example("q", "[1, 2]", facts="red 3"), text, True)
-        assert time.perf_counter() - start < 5  # quadratic patterns took over a minute
 
 
 # ---- Advantages, switch, loss ---------------------------------------------------------------------
@@ -896,8 +893,6 @@ def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(m
 def test_draws_for_equal_prompts_differ_by_row(tiny: Policy, examples: list[Example]) -> None:
     drawn = dyme.respond(tiny, [examples[0]] * 4, 8, 2, draws=2)
     assert len({p["response"] for p in drawn}) > 4 and all(p["name"] == examples[0].name for p in drawn)
-    assert thinking.judge(Example("Q?", "100"), "t\nAnswer: 104", True)["accuracy"]  # the metric's 5 %
-    assert not thinking.judge(Example("Q?", "100"), "t\nAnswer: 106", True)["accuracy"]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
