@@ -1,13 +1,17 @@
 """How held-out responses are judged: accuracy, and whether the thinking is valid.
 
-Groundedness and `thinking_fault` tell thinking from pseudo thinking: fluent text whose values are not in the image.
-They are for evaluation alone; nothing here is a reward.
+Groundedness and `thinking_fault` tell thinking from pseudo thinking: fluent text whose values are
+not in the image. They are for evaluation alone; nothing here is a reward.
 """
 
 import ast
+import functools
 import operator
 import re
+from calendar import month_abbr, month_name
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Any
 
 import reward
@@ -19,22 +23,23 @@ from reward import NUMBER, SIGNED, Example, split_response, verify
 def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
     """Judge a held-out response.
 
-    *accuracy* wants the format, *official* takes whatever stands last, *any_format* the last word or number.
-    What needs visual facts is None without them.
+    *accuracy* wants the format, *official* takes whatever stands last, *any_format* the last word
+    or number. What needs visual facts is None without them, *valid_thinking* also where it is right
+    but the rules cannot judge its thinking.
     """
-    verdict = verify(response, example, finished, tolerance=0.05)
+    verdict = verify(response, example, finished, example.tolerance)
     answer, (thinking, _) = reward.final_answer(response), split_response(response)
     scores = {name: score(answer) for name, score in example.scores.items()}
     official = scores.pop("official", reward.relaxed_match(answer, example.answer.rstrip(". ")))
     grounded, quoted = groundedness(thinking, example.facts or "", example.question)
     fault = thinking_fault(response, example) if example.facts else None
+    unknown = fault is None or verdict.correct and "not judged" in fault
     return {"name": example.name, "source": example.source, "question": example.question,
             "answer": example.answer, "response": response, "parsed": verdict.answer,
             "accuracy": verdict.correct, "official": official, "scores": scores,
             "any_format": verdict.correct or ends_in(response, example.answer),
-            "in_format": verdict.in_format, "finished": finished,
-            "thinking_fault": fault,
-            "valid_thinking": None if fault is None else verdict.correct and not fault,
+            "in_format": verdict.in_format, "finished": finished, "thinking_fault": fault,
+            "valid_thinking": None if unknown else verdict.correct and not fault,
             "grounded_numbers": grounded if example.facts else 0,
             "quoted_numbers": quoted if example.facts else 0}
 
@@ -44,7 +49,7 @@ PARTS = ({"human", "augmented"}, {"open", "closed"})
 
 
 def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Average judged responses, over all and by source (kinds of question, or parts of the data)."""
+    """Average judged responses, over all and by source (kind of question, or part of the data)."""
 
     def mean(key: str, rows: list[dict[str, Any]]) -> float | None:
         values = [row[key] for row in rows if row[key] is not None]
@@ -55,21 +60,24 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
         sources.setdefault(row["source"], []).append(row)
     summary = {key: mean(key, predictions) for key in ("accuracy", "any_format", "official")}
     if any(sources.keys() <= part for part in PARTS):
-        by_part = {f"official_{name}": mean("official", rows) for name, rows in sorted(sources.items())}
-        summary["official"] = sum(by_part.values()) / len(by_part)
-        summary |= by_part if len(by_part) > 1 else {}
+        parts = {f"official_{name}": sum(float(row["official"]) for row in rows) / len(rows)
+                 for name, rows in sorted(sources.items())}
+        summary["official"] = sum(parts.values()) / len(parts)
+        summary |= parts if len(parts) > 1 else {}
     # A data set's own, such as multiple_choice; rows without choices have no such score.
     for name in dict.fromkeys(name for row in predictions for name in row["scores"]):
         summary[name] = mean(name, [row["scores"] for row in predictions if name in row["scores"]])
     for key in ("valid_thinking", "in_format", "finished", "length"):
         summary[key] = mean(key, predictions)
+    with_facts = [row for row in predictions if row["thinking_fault"] is not None]
+    judged = sum(row["valid_thinking"] is not None for row in with_facts)
+    summary["thinking_judged"] = judged / len(with_facts) if with_facts else None
     quoted = sum(row["quoted_numbers"] for row in predictions)
     grounded = sum(row["grounded_numbers"] for row in predictions)
     summary["groundedness"] = grounded / quoted if quoted else None
-    if len(sources) > 1:
-        for name, rows in sources.items():
-            summary[f"accuracy_{name}"] = mean("accuracy", rows)
-            summary[f"any_format_{name}"] = mean("any_format", rows)
+    for name, rows in sources.items() if len(sources) > 1 else []:
+        summary[f"accuracy_{name}"] = mean("accuracy", rows)
+        summary[f"any_format_{name}"] = mean("any_format", rows)
     return summary | {"rows": len(predictions)}
 
 
@@ -85,60 +93,227 @@ def one_line(summary: dict[str, Any]) -> str:
 
 
 def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, int]:
-    """Count the numbers a trace quotes: (those among the visual facts or derived from them, all)."""
-    found = [grounded for _, _, grounded in quoted_numbers(thinking, facts, question)]
+    """Count the numbers that a trace quotes: (those among the facts or derived from them, all)."""
+    found = [bool(grounded) for _, _, grounded in quoted_numbers(thinking, facts, question)]
     return sum(found), len(found)
-
-
-def quoted_numbers(thinking: str, facts: str, question: str = "") -> list[tuple[int, int, bool]]:
-    """Find the numbers a trace quotes: where each begins and ends, and whether it is grounded.
-
-    A number is grounded if it is among the visual facts, or derived: the trace writes correct arithmetic on
-    grounded numbers, such as `3 + 4 = 7`. Numbers that the question gives are not quoted from the image.
-    """
-    known = {_value(n) for n in re.findall(NUMBER, facts)}
-    given = {_value(n) for n in re.findall(NUMBER, question)} - known
-    known |= _derived(thinking, known | given)
-    quoted = [(match.span(), _value(match[0])) for match in re.finditer(NUMBER, thinking)]
-    return [(*span, value in known) for span, value in quoted if value not in given]
 
 
 def thinking_fault(response: str, example: Example) -> str:
     """What is wrong with a response's thinking, by rules alone; empty if it is valid.
 
-    Valid thinking quotes numbers of the image or derives them, all its equations are true, at least one
-    number or equation is there, and it ends in the answer. Needs the example's facts.
+    Valid thinking quotes numbers of the image or derives them, all that it calculates is true, and
+    it ends in the answer. "not judged: ..." where the rules cannot know. Needs the example's facts.
     """
-    thinking, answers = split_response(response)
-    for equation in equations(thinking):
-        if not equation.true:
-            return f"{equation.text} is false"
-    quoted = quoted_numbers(thinking, example.facts or "", example.question)
+    (thinking, answers), facts = split_response(response), example.facts or ""
+    found = _relations(thinking)
+    for false in [e.text for e in found if e.true is False] + _false_comparisons(thinking):
+        return f"{false} is false"
+    quoted = quoted_numbers(thinking, facts, example.question)
     for start, end, grounded in quoted:
-        if not grounded:
-            return f"{thinking[start:end]} is not in the image"
-    if not quoted and not equations(thinking):
+        if grounded is False:
+            number, misread = thinking[start:end], " ".join(thinking[:end].split()[-3:])
+            said = f"'{misread}'" if number in re.findall(NUMBER, facts) else number
+            return f"{said} is not in the image"
+    if not quoted and not found:
         return "nothing is quoted from the image"
     # A right answer may be written otherwise than the example's ("42 %" for "42").
-    written = answers[:1] if verify(response, example, tolerance=0.05).correct else []
-    if not any(ends_in(thinking, answer) for answer in [example.answer, *written]):
+    right = verify(response, example, tolerance=example.tolerance).correct
+    if not any(concludes(thinking, a) for a in [example.answer, *(answers[:1] if right else [])]):
         return f"it does not end in {example.answer}"
-    return ""
+    unknown = [f"where {thinking[a:b]} comes from" for a, b, grounded in quoted if grounded is None]
+    unknown += [e.text for e in found if e.true is None] + _unused(thinking, found, example.answer)
+    cells, names = read_facts(facts)
+    asked = {names[name] for name in re.findall(_any_of(names), _typed(example.question))}
+    wanted = {abs(value) for labels, value in cells if asked & labels}
+    if not unknown and wanted and not wanted & {_value(n) for n in re.findall(NUMBER, thinking)}:
+        about = f"no value of {' or '.join(sorted(asked))} is quoted"
+        return about if found else f"not judged: {about}"
+    return f"not judged: {unknown[0]}" if unknown else ""
+
+
+def _unused(thinking: str, found: list["Equation"], answer: str) -> list[str]:
+    """Equations whose result is neither used nor the answer: arithmetic for its own sake?"""
+    wanted, unused = abs(reward.parse_number(answer) or 0.0), []
+    counts = Counter([_value(n) for n in re.findall(NUMBER, thinking)])
+    counts += Counter([x for e in found for x in e.operands])
+    for e in found if wanted else []:  # in words, an answer need not follow from numbers alone
+        size, percent = abs(e.result), round(abs(100 * e.result), 6)
+        own = e.text.count(f"{size:g}") + e.operands.count(size)
+        if counts[size] <= own and not counts[percent] and wanted not in (size, percent):
+            unused.append(f"what {e.text} is for")
+    return unused
+
+
+def _false_comparisons(thinking: str) -> list[str]:
+    """Find `4 > 7`, also with names (`red 4 > blue 7`), and "4 is more than 7"."""
+    found = re.finditer(rf"(?<![\d.,])({NUMBER})(?: [a-z]+)? ?(>|<|is (?:{MORE}) than) ?"
+                        rf"(?:[a-z]+ )?({NUMBER})(?! ?[-+*/])", _typed(thinking))
+    sides = [(m[0], _value(m[1]), _value(m[3]), re.search("<|less|few|short|low|small", m[2]))
+             for m in found]
+    return [text for text, a, b, says_less in sides if a != b and (a > b) == bool(says_less)]
+
+
+def concludes(thinking: str, answer: str) -> bool:
+    """Does the end of a text say the answer, or for yes and no at least not the other one?"""
+    sentences = re.split(r"(?<=[.!?])\s+|\n+|;", _typed(thinking).strip())
+    answer, last = reward.plain(answer), reward.plain(sentences[-1])
+    if reward.parse_number(answer) is not None:
+        last = next((s for s in reversed(sentences) if re.search(r"\d", s)), "")
+        last = re.split(r"\b(?:where|because|since)\b", last)[0]
+        said = re.split(r"\b(?:so|thus|hence|therefore|answer|conclusion)\b", last)[-1]
+        numbers = re.findall(rf"(?:{SIGNED}) ?%?", said)
+        numbers = numbers if said != last else numbers[-1:]
+        return any(reward.answers_match(n, answer) for n in numbers) or ends_in(thinking, answer)
+    if answer in ("yes", "no"):
+        return not re.search({"yes": r"\bno\b", "no": r"\byes\b"}[answer], last)
+    items = answer.strip("[]").split(",") if reward.is_list(answer) else [answer]
+    return all(re.search(rf"(?<!\w){re.escape(reward.plain(item))}(?!\w)", last) for item in items)
 
 
 def ends_in(text: str, answer: str) -> bool:
     """Are the last words or numbers of a text the answer, formatting aside?"""
-    found, wanted = (re.findall(rf"{SIGNED}|\w+", _plain_signs(part.lower())) for part in (text, answer))
-    return bool(wanted) and " ".join(found[-len(wanted):]).replace(",", "") == " ".join(wanted).replace(",", "")
+
+    def words(text: str) -> list[str]:
+        text = re.sub(r"= ?-\s(?=\.?\d)", "= -", _typed(re.sub("[$€£¥]", "", text)))
+        return [word.replace(",", "") for word in re.findall(rf"{SIGNED}|\w+", text)]
+
+    wanted = words(answer)
+    return bool(wanted) and words(text)[-len(wanted):] == wanted
 
 
-def _plain_signs(text: str) -> str:
-    text = re.sub(r"= ?-\s(?=\.?\d)", "= -", re.sub("[$€£¥]", "", text.replace("−", "-")))
-    return re.sub(r"\n[ \t]{0,9}[-*](?=\s)", "\n;", text)  # a list's dash is no minus
+# ---- Numbers that a trace quotes -----------------------------------------------------------------
+
+MARKS = r"</?[A-Za-z]\w*>|[$€£¥]|\*\*|^[ \t]{0,9}[-*](?=\s)"  # tags, currency, bold, a list's dash
+MORE = "more|less|fewer|taller|shorter|higher|lower|greater|larger|smaller|bigger"
+# Between a name and its value: "In 2015 the value is 12", "January's, at -3.5", "(red) = 4".
+LINK = (r"(?:\s|[:=()']|,(?= (?:at|with) )|\b(?:is|was|are|has|have|had|reads?|shows?|with|at|an?"
+        r"|the|of|in|it|its|s|values?|heights?|bars?|years?|there|about|only|\w{2,5}est|m\w+imum)\b)")
+# After a number that is not read off: "3 more than", "50 % of", "2 times", "4 + 7 = 11".
+RELATIVE = rf"\s?%?\s?(?:(?:[a-z]+ )?(?:{MORE}|times|than|above|below|of)\b|[-+*/])"
+OTHER = r"[^\d\s%)]\s*(?:\band|\bor|\bthan|\bto|[-+*/,])\s+(?:the )?$"  # "the sum of red and"
+# Words that derive a number: "Together they are 11".
+CUES = (rf"\b(?:{MORE}|together|total|sum|altogether|combined|differ\w*|gap|twice|double|half|third"
+        r"|quarter|average|mean|median|ratio|percent\w*|share|r[io]se|fell|gr[eo]w\w*|\w+creased?"
+        r"|change\w*|product|squared?|times|much)\b")
+# Number (between the bars) of a step, an ordinal, or a count of things.
+STEP = r"\b(?:step|part|no\.?) \||#\||\|(?:st|nd|rd|th)\b|(?:^|\n) *\|[.)] \S"
+COUNT = (rf"\| (?!(?:and|or|so|is|are|was|from|with|for|to|in|as|at|which|because|but|{MORE}"
+         r"|plus|minus|times|divided|multiplied|equals|percent|\w+illion|thousand)\b)[a-z]{3}")
+
+
+def _typed(text: str) -> str:
+    """Lower case and plain signs, without marks; of the same length."""
+    text = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    text = text.translate(str.maketrans("−–×·÷’≈", "--**/'="))
+    return re.sub(MARKS, functools.partial(_pad, " "), text, flags=re.MULTILINE)
 
 
 def _value(text: str) -> float:
     return round(float(text.replace(",", "")), 6)
+
+
+def read_facts(facts: str) -> tuple[list[tuple[set[str], float]], dict[str, str]]:
+    """Read `red 4, blue 7`, `Peru: Share = 45%, ...` or CSV: [(names, value)], and the names.
+
+    The names are a dictionary from what a trace may write (Jan, January) to what the facts do.
+    """
+    cells: list[tuple[set[str], float]] = []
+    header: list[str] = []
+    for line in re.split(r"[;\n]", _typed(facts)):
+        row, _, rest = line.partition(": ") if re.search(": .*=", line) else ("", "", line)
+        parts = [part.strip() for part in re.split(r",\s+", rest)]
+        pairs = [re.fullmatch(rf"(.*?)\s*[=:]?\s*({SIGNED})\D{{0,3}}", part) for part in parts]
+        header = header if any(pairs) else parts
+        is_table = len(pairs) > 1 and all(pair and not pair[1] for pair in pairs[1:])
+        for i, pair in enumerate(pairs):
+            if pair and not (is_table and i == 0):
+                labels = {parts[0], *header[i:i + 1]} if is_table else {row.strip(), pair[1]}
+                cells.append((labels - {""}, _value(pair[2])))
+    months = [*zip(month_abbr, month_name, strict=True), *zip(month_name, month_abbr, strict=True)]
+    names = {name for labels, _ in cells for name in labels}
+    also = {b.lower(): a.lower() for a, b in months if a.lower() in names}
+    return cells, also | {name: name for name in names}
+
+
+def _any_of(names: dict[str, str]) -> str:
+    words = sorted((n for n in names if not re.fullmatch(r"\d?\d", n)), key=len, reverse=True)
+    return rf"(?<!\w)(?:{'|'.join(map(re.escape, words)) or '(?!)'})(?!\w)"
+
+
+def _readings(text: str, facts: str) -> dict[int, bool]:
+    """Numbers that stand beside names of the facts: {their end: is it a value of these names?}."""
+    cells, names = read_facts(facts)
+    name, found = f"({_any_of(names)})", {}
+    named = (rf"(?:{name}(?:\s|[()']|\b(?:in|of|for|the|s)\b){{1,4}})?"
+             rf"{name}({LINK}{{0,12}}?)({SIGNED})")
+    for m in re.finditer(rf"{named}|(?<![\d.,])({SIGNED}) ?\({name}\)", text):
+        number, end, link = m[4] or m[5], m.end(4) if m[4] else m.end(5), m[3] or ""
+        labels, nearest = {names[n] for n in (m[1], m[2], m[6]) if n}, {names[m[2] or m[6]]}
+        before = text[max(0, m.start() - 30):m.start()]
+        says = re.search(r"[=:]|\b(?:is|was|are|has|have|had)\b", link)
+        # The sum of two bars, or what one has more than another, is no bar's height.
+        if link.endswith("in ") or says and (
+                re.match(RELATIVE, text[end:end + 30]) or re.search(OTHER, before)
+                or re.search(rf"{CUES}\W+(?:\w+ ){{0,2}}$", before)):
+            continue
+        values = [v for own, v in cells if labels <= own]
+        values = values or [v for own, v in cells if nearest <= own]
+        right = any(_value(number) in (v, round(v, len(number.partition(".")[2]))) for v in values)
+        if right or number not in names:  # "in 2015 and 2017"
+            found[end] = right
+    return found
+
+
+def quoted_numbers(thinking: str, facts: str,
+                   question: str = "") -> list[tuple[int, int, bool | None]]:
+    """Find the numbers a trace quotes: where each begins and ends, and whether it is grounded.
+
+    Beside a name of the facts a number must be that name's. Else it is grounded if it is among the
+    facts, or derived by true arithmetic, in signs (`3 + 4 = 7`) or in words ("together 7"); None if
+    it may follow but no word says so. What the question gives, steps and counts are not quoted.
+    """
+    text, equations = _typed(thinking), _relations(thinking)
+    readings = _readings(text, facts)
+    shown = [_value(n) for n in re.findall(SIGNED, _typed(facts))]
+    known = {round(value, digits) for value in shown for digits in (0, 1, 2, 6)}
+    given = {_value(n) for n in re.findall(NUMBER, question)} - {abs(value) for value in known}
+    many, how_many = len(read_facts(facts)[0]), "how many" in question.lower()
+    known |= _derived(equations, {abs(value) for value in known} | given, many)
+    places = {i: e for span, e in {e.span: e for e in equations}.items() for i in range(*span)}
+    found: list[tuple[int, int, bool | None]] = []
+    recent: tuple[float, ...] = ()
+    for m in re.finditer(SIGNED, text):
+        number, end, place, value = m[0].lstrip("-"), m.end(), places.get(m.start()), _value(m[0])
+        grounded = readings.get(end)
+        if grounded is None:
+            around = f"{text[max(0, m.start() - 9):m.start()]}|{text[end:end + 20]}"
+            is_count = number.isdecimal() and value <= many and (
+                how_many or re.search(COUNT, around))
+            if abs(value) in given or not place and (is_count or re.search(STEP, around)):
+                continue
+            if value in known or (place or value > 0) and {-value, abs(value)} & known:
+                grounded = True
+            elif place and place.true is not None or not any(
+                    _rounds(x, number) for x in _one_step(recent)):
+                grounded = False
+            elif re.search(CUES, question.lower() + text[max(0, m.start() - 60):end + 30]):
+                grounded = True
+        if grounded and abs(value) not in recent:
+            recent = (abs(value), *recent[:5])
+        found.append((end - len(number), end, grounded))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _one_step(known: tuple[float, ...]) -> list[float]:
+    """What follows from one, two or all of these numbers by a step of arithmetic."""
+    results = [sum(known), sum(known) / max(1, len(known)), 50, 100 / 3, 25]  # "a third is 33 %"
+    for a in known:
+        results += [2 * a, a / 2, 3 * a, a / 3, a * a, 100 - a, 100 * a]
+    for a, b in product(known, known):
+        results += [a + b, abs(a - b), a * b, (a + b) / 2]
+        results += [a / b, 100 * a / b, 100 * abs(a - b) / b] if b else []
+    return results
 
 
 # ---- Equations in a trace ------------------------------------------------------------------------
@@ -149,64 +324,130 @@ class Equation:
     """Arithmetic that a trace writes down, such as `(3 + 4) / 2 = 3.5`."""
 
     text: str
-    operands: list[float]  # of its left side, without signs and divisors: an average divides by a count
-    result: float  # its right side
-    true: bool  # is the left side worth the right side, within 1 % or its last digit?
+    operands: list[float]  # of the side that calculates, without divisors and exponents
+    divisors: list[float]  # these: an average divides by a count, which is in no image
+    others: list[float]  # numbers of the other side, such as 7 in `(3 + 4) / 2 = 7 / 2`
+    result: float  # what the other side is worth
+    true: bool | None  # are the sides equal, or rounded to the digits written? None: cannot be read
+    span: tuple[int, int]
 
 
 def equations(thinking: str) -> list[Equation]:
-    """Find `expression = number` in a trace, in the order written; linear in its length."""
-    tokens = re.findall(rf"{SIGNED}|[-+*/×÷()=%]|[^\s\d]", _plain_signs(thinking))
-    found = []
-    for i, (token, right) in enumerate(zip(tokens, tokens[1:], strict=False)):
-        after = "".join(tokens[i + 2:i + 4])  # the right side of `3 + 9 = 24 / 2` is not read
-        if token != "=" or not right[-1].isdecimal() or re.match(r"[-+*/×÷].*\d", after):
+    """Find `expression = number` in a trace, as far as it can be read; linear in its length."""
+    return [equation for equation in _relations(thinking) if equation.true is not None]
+
+
+# What makes a text calculation: operators as signs, no units, list commas and full stops apart.
+UNIT = (r"(?:/ ?[a-z]{2,}| \([a-z ]{1,30}\)"
+        r"| (?!(?:and|so|of|because|which|that|if|or|as|is|are|gives)\b)[a-z]{2,})")
+CALCULATION = {
+    r"\bplus\b": "+", r"\bminus\b": "-", r"\bdivided by\b": "/", r"\bequals\b": "=",
+    r"\b(?:times|multiplied by)\b|(?<![a-z])x(?= {0,3}[\d(.])": "*",
+    r"\b(?:about|roughly|only|exactly)\b": "",
+    r"(?<=[a-z])/(?=\d)": "@", rf"(?<=[\d)%]){UNIT}{{1,4}}(?= {{0,3}}[-+*/=)])": "",
+    r"(?<=\d) and +(?=\d+/\d)": "",  # 1 and 1/3
+    r"(?<=[\d)%]) (?:is|are|makes?|gives?)(?= +-?[\d.])": "≡", r"(?<=[=≡]) ?- (?=[\d.])": "-",
+    **{rf"(?<=\b{d}) (?=\d{{3}}(?!\d|\.\d))": "," for d in (r"\d", r"\d\d", r"\d\d\d")},  # 350 000
+    r",(?!\d{3}(?!\d))|\.(?!\d)": ";"}
+OPERAND = rf"(?:\( ?){{0,4}}-?(?:\d{{1,2}} {{1,7}}\d/\d+|{NUMBER})%?(?: ?\)){{0,4}}"
+EXPRESSION = rf"(?:(?<![\w)%])-)?{OPERAND}(?:(?: *[-+*/^] *-?|(?=\()){OPERAND})*"
+OPERATOR = r"[\d)%] *[-+*/^]|\d\("
+# Before an expression that began earlier: V + 15, his 25 + his 1, 1/2 (68), 13,2000, 6:00 + 18.
+BEFORE = r"(?:[\w)%] *- *(?:[a-z]+ )?|[*/+^@][ ;]*(?:[a-z]+ )?|\d[:;]|\) +).$|\d \($"
+
+
+@functools.lru_cache(maxsize=4)  # judging one response asks for them three times
+def _relations(thinking: str) -> list[Equation]:
+    text, found, in_chain = _typed(thinking), [], False
+    for pattern, sign in CALCULATION.items():
+        text = re.sub(pattern, functools.partial(_pad, sign), text)
+    terms = [*re.finditer(EXPRESSION, text), re.compile("$").search(text, len(text))]
+    for a, b in pairwise(filter(None, terms)):
+        link = text[a.end():b.start()].strip()
+        # Without a bracket that is closed elsewhere: `(3 + 4 = 7)`.
+        left, right = (re.sub(r"^\(([^()]*)$|^([^()]*)\)$", r"\1\2", side[0]) for side in (a, b))
+        by_left, by_right = re.search(OPERATOR, left), re.search(OPERATOR, right)
+        in_chain = bool(in_chain or by_left or by_right) and link in ("=", "≡")
+        if not in_chain and not (by_left and link.startswith("=")):
             continue
-        left = _expression_before(tokens, i)
-        value = _arithmetic(" ".join(left))
-        if value is None or not set(left) & set("+-*/"):  # `sales (2018) = 41` states a value
+        side, number = (right, left) if by_right and not by_left else (left, right)
+        after = text[b.end():b.end() + 5]
+        unread = (not in_chain  # `4 + 7 = eleven`, `V + 15 = 141`, `3 + 4 = 7x`
+                  or re.search(BEFORE, text[max(0, a.start() - 9):a.start()] + left[:1])
+                  or re.match(r"[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]|;;", after))
+        true = None if unread else _equal(side, number, after)
+        # `ages 18-29 = 42`, `half of 60 is 60 / 2` and `2 hours = 120 minutes` state values.
+        bounds = re.fullmatch(r"(\d\d+)( ?)- ?(\d\d+)", side)
+        if true is False and (not by_left or link == "≡" and by_right or bounds and (
+                _value(bounds[1]) < _value(bounds[3])) and (link == "≡" or not bounds[2]
+                and text[max(0, a.start() - 2):a.start()].strip()[-1:].isalpha())):
             continue
-        pairs, result = zip(["", *left], left, strict=False), _value(right)
-        operands = [abs(_value(t)) for before, t in pairs if t[-1].isdecimal() and before != "/"]
-        slack = 0.99 * 10.0 ** -len(right.partition(".")[2]) if "." in right else 0.005  # rounded, or cut off
-        values = [value] + [100 * value] * (after[:1] == "%")  # 20 / 50 = 40 %
-        true = any(abs(v - result) <= max(0.01 * abs(v), slack) for v in values)
-        is_range = re.fullmatch(r"\d\d+ - \d\d+", " ".join(left)) and operands[0] < operands[1]
-        if true or not is_range:  # `ages 18-29 = 42` states a value
-            found.append(Equation(f"{' '.join(left)} = {result:g}", operands, result, true))
+        parts = re.findall(rf"([/^]?) ?({NUMBER})", side)
+        said = f"{left} = {right if in_chain else '?'}".replace(",", "")
+        said = " ".join(re.findall(rf"{NUMBER}|\S", said))
+        operands = [_value(n) for mark, n in parts if not mark]
+        divisors = [_value(n) for mark, n in parts if mark]
+        others = [_value(n) for n in re.findall(NUMBER, number)]
+        result = round(max(_worth(number), default=0.0), 6)
+        found.append(Equation(said, operands, divisors, others, result, true, (a.start(), b.end())))
     return found
 
 
-def _expression_before(tokens: list[str], end: int) -> list[str]:
-    """The numbers, operators and brackets that stand directly before token `end`."""
-    left: list[str] = []
-    for token in reversed(tokens[max(0, end - 100):end]):
-        is_number = token[-1].isdecimal()
-        if not (is_number or token in "-+*/×÷()%"):
-            break
-        if is_number and left and left[-1][-1].isdecimal():  # "in 2010 3 + 4 = 7": the year is not in it
-            break
-        if token != "%":
-            left.append(token.translate(str.maketrans("×÷", "*/", ",")))
-    left.reverse()
-    while left and left[0] in "-+*/)":  # a list's dash
-        del left[0]
-    return left
+def _pad(sign: str, match: re.Match[str]) -> str:
+    return sign.rjust(len(match[0]))
 
 
-def _derived(thinking: str, known: set[float]) -> set[float]:
-    """Results of the true equations in a trace whose operands are known, or derived before."""
-    derived: set[float] = set()
-    for equation in equations(thinking):
-        if equation.true and all(x in known or x in derived for x in equation.operands):
-            count = len(equation.operands)  # by which an average divides, and which is in no image
-            derived |= {abs(equation.result)} | ({count} if f") / {count} =" in equation.text else set())
+def _equal(side: str, number: str, after: str) -> bool | None:
+    """Is the side worth the number, or as much as another calculation? None: cannot be read."""
+    values, others = _worth(side), _worth(number)
+    if not values or not others:
+        return None
+    if number.endswith("%") or after.strip().startswith("cent"):
+        values |= {100 * value for value in values}
+    if re.fullmatch(rf"-?(?:{NUMBER})%?", number):
+        return any(_rounds(value, number, bool(re.search("[*/^%]", side))) for value in values)
+    others |= _worth(re.split("[-+*/^]", number)[0])  # 100 / 5 = 20 * 2 = 40 goes on from 20
+    return any(abs(a - b) <= 1e-6 * max(1, abs(a)) for a in values for b in others)
+
+
+def _worth(side: str) -> set[float]:
+    """What an expression may be worth: 20 % as 0.2, as 20, or of what it is added to; 50/ 1/2."""
+    if len(side) > 300:
+        return set()
+    plain = re.sub(r"(\d+) +(\d+/\d+)", r"(\1+\2)", side.replace(",", "").replace("^", "**"))
+    plain = re.sub(r"(?<=[\d)])\(", "*(", plain)  # 2(3 + 4)
+    forms = {plain.replace("%", ""), re.sub(r"([\d.]+)%", r"(\1/100)", plain),
+             re.sub(r"([-+]) ?([\d.]+)%", r"* (1 \1 \2/100)", plain),
+             re.sub(r"(?<![\d.)/])(\d+/\d+)(?![\d.])", r"(\1)", plain.replace("%", ""))}
+    return {value for form in forms if (value := _arithmetic(form)) is not None}
+
+
+def _rounds(value: float, number: str, rough: bool = True) -> bool:
+    """Is it the number, or rounded or cut off to its digits? Sums of whole numbers are exact."""
+    written, digits = _value(number.rstrip("%")), len(number.rstrip("%").partition(".")[2])
+    if abs(value - written) <= 1e-6 * max(1.0, abs(value)):
+        return True
+    if value * written < 0 or abs(round(value, digits) - value) < 1e-9 or not (digits or rough):
+        return False
+    off, unit = abs(value) - abs(written), 10.0 ** -digits
+    return -unit / 2 <= off < unit and (digits > 0 or abs(off) <= 0.06 * abs(value))
+
+
+def _derived(found: list[Equation], known: set[float], many: int) -> set[float]:
+    """Results of true equations whose operands are known or derived; and counts they divide by."""
+    derived, counts = set(), {float(many), *(float(len(e.operands)) for e in found)}
+    for e in [e for e in found if e.true] * 2:  # a total may be used before it is written down
+        if all(x in known or x in derived or x == 100 for x in e.operands):
+            derived |= {e.result, abs(e.result), round(100 * e.result, 6), 100.0, *e.others}
+            if ") /" in e.text or len(e.operands) == 1:
+                derived |= counts & {*e.divisors}
     return derived
 
 
 def _arithmetic(expression: str) -> float | None:
-    """Value of `+ - * /` on plain numbers, else None; the text is parsed, never executed."""
-    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    """Value of `+ - * / **` on plain numbers, else None; the text is parsed, never executed."""
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                 ast.Div: operator.truediv, ast.Pow: lambda a, b: a ** b if abs(b) < 10 else 1 / 0}
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
@@ -218,6 +459,7 @@ def _arithmetic(expression: str) -> float | None:
         raise ValueError("not arithmetic")
 
     try:
-        return value(ast.parse(expression, mode="eval").body)
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+        return result if isinstance(result, float) else None  # (-8) ** 0.5 is complex
     except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         return None
