@@ -15,6 +15,7 @@ score of the text after the last `Answer:`; *any_format* counts the last word or
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dyme import PROMPT, Config, load_policy, respond
-from support import UserError, data, files, models, parallel, report, rows, runs, settings, thinking
+from support import UserError, data, files, models, parallel, rows, runs, settings, thinking
 
 COLUMNS = ("accuracy", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
 # The base rows of the paper's main table are asked for the answer alone.
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate every model named, then print one table; or write a report."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        return report.write_page(argv[1:], Config, settings.CHANGEABLE_ON_RESUME)
+        return importlib.import_module("support.report").write_page(argv[1:])
     args = parse_arguments(argv)
     table = []
     with parallel.processes(args.device):

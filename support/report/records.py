@@ -1,0 +1,115 @@
+"""A run as the page knows it: what does not fit is left out of its records, and counted."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyme import Config
+from support import UserError, settings
+
+Row = dict[str, Any]  # an object of JSON
+MODE_NAMES = {"dyme": "DyME", "grpo": "GRPO", "sft": "SFT", "two-stage": "SFT, then GRPO"}
+# What a record must hold: a type, one of several, or one of these words; None may be missing.
+CONFIG = {"mode": tuple(MODE_NAMES), "data": str, "steps": int, "prompts": int, "switch": str,
+          "thinking_weight": float, "format_weight": float}
+STEP = {"step": int, "method": (str, None)}  # metrics and evaluations, with numbers beside it
+RESPONSE = {"text": str, "finished": bool, "r_a": float, "r_t": float, "r_f": float,
+            "reward": float, "advantage": float}
+GROUP = {"step": int, "name": str, "source": str, "question": str, "answer": str,
+         "facts": (str, None), "trace": (str, None), "target": (str, None), "responses": [RESPONSE],
+         "mode": ("exploration", "memorization", "both", "buffered")}
+ANSWER = {"name": str, "source": str, "question": str, "answer": str, "response": str,
+          "accuracy": bool, "in_format": bool, "finished": bool, "thinking_fault": (str, None)}
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Is a value as the shape wants it? A number that cannot be drawn, such as NaN, never is."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if shape in (int, float):
+        return type(value) in (int, shape) and (0 if shape is int else -1e9) <= value <= 1e9
+    if shape is str:
+        return isinstance(value, str) and len(value) <= 20_000  # longer ones crowd out the rest
+    return isinstance(value, bool) if shape is bool else value == shape
+
+
+def fitted(value: Any, shape: Any) -> Any:
+    """What a shape, or an object or list of shapes, names of a value. Raises ValueError."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        return {key: fitted(value.get(key), part) for key, part in shape.items()}
+    if isinstance(shape, list) and isinstance(value, list):
+        return [fitted(item, shape[0]) for item in value]
+    if isinstance(shape, dict | list) or not fits(value, shape):
+        raise ValueError("does not fit")
+    return value
+
+
+def read(file: Path, shape: Row, numbers: bool = False) -> tuple[list[Row], int]:
+    """The rows of a .jsonl file that fit, by step, and how many rows and values do not.
+
+    Of a row, what the shape names is kept, and with `numbers` all its other numbers.
+    """
+    rows, lost = [], 0
+    try:
+        if not file.is_file():  # a folder, or a device that might never end
+            return [], int(file.exists())
+        lines = file.read_bytes().split(b"\n")
+    except OSError:
+        return [], 1
+    for line in filter(bytes.strip, lines):
+        try:
+            row = json.loads(line.decode())
+            kept = fitted(row, shape)
+        except (ValueError, RecursionError):  # such as a line that a crash cut short
+            lost += 1
+            continue
+        rows.append(kept)
+        for key, value in row.items() if numbers else ():
+            if fits(value, float) and len(key) < 200:
+                kept[key] = value
+            elif key not in shape and value is not None:
+                lost += 1
+    return sorted(rows, key=lambda row: row.get("step", 0)), lost
+
+
+@dataclass
+class Run:
+    """What a run's folder holds, as far as it fits."""
+
+    name: str
+    folder: Path
+    cfg: Row
+    metrics: list[Row]
+    evaluations: list[Row]
+    groups: list[Row]
+    before: list[Row]  # held-out responses at step 0
+    after: list[Row]  # and at the last evaluation
+    lost: Counter[str]  # what did not fit, by file
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run folder. Raises UserError if it is none, or its settings cannot be."""
+    cfg, lost = settings.read(folder, Config), Counter[str]()
+    if wrong := [key for key, shape in CONFIG.items() if not fits(cfg[key], shape)]:
+        raise UserError(f"{folder / 'config.json'}: `{wrong[0]}` is {str(cfg[wrong[0]])[:60]}")
+    cfg["prompts"] = max(1, cfg["prompts"])
+
+    cfg["by_eq_6"] = cfg["mode"] == "dyme" and cfg["switch"] == "any-correct"
+    cfg["helper_rates"] = bool(cfg["helper_url"]) and not cfg["no_checker"]  # r_t is the helper's
+
+    def rows(file: str, shape: Row, numbers: bool = False) -> list[Row]:
+        found, lost[f"{file}.jsonl"] = read(folder / f"{file}.jsonl", shape, numbers)
+        return found
+
+    groups, evaluations = rows("samples", GROUP), rows("evaluations", STEP, numbers=True)
+    for group in groups:
+        group["right"] = sum(response["r_a"] > 0 for response in group["responses"])
+        group["explores"] = group["mode"] in ("exploration", "both")
+    metrics = rows("metrics", STEP, numbers=True)
+    for row in metrics:
+        row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
+    last = evaluations[-1]["step"] if evaluations else 0
+    return Run(name, folder, cfg, metrics, evaluations, groups,
+               rows("held-out-0", ANSWER), rows(f"held-out-{last}", ANSWER) if last else [], lost)
