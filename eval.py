@@ -2,15 +2,13 @@
 
     python eval.py runs/tiny-toy-dyme-s0                      # a run, on the test split of its data
     python eval.py runs/*-dyme-s? runs/*-grpo-s? --best       # a table; the best weights by val
-    python eval.py tiny                                       # the toy's base, before any training
+    python eval.py tiny --samples 8                           # the toy's base; with pass@8
     python eval.py SmolVLM-256M --data chartqa --prompt direct  # a base model, not asked to think
-    python eval.py runs/tiny-toy-dyme-s0 --samples 8          # pass@8 and majority@8 as well
     python eval.py report runs/*                              # a page that shows them think
     torchrun --nproc_per_node=4 eval.py runs/NAME             # on four GPUs
 
-*accuracy* accuracy wants the format: one flag, an answer, an end token. *official* is the data set's published
-score of the text after the last `Answer:`; *any_format* counts the last word or number of the response.
-*valid_thinking* is right for the right reasons (see the README).
+*accuracy* wants the format: one flag, an answer, an end token. *official*, the data set's score,
+takes the text after the last flag, *any_format* the last word. *valid_thinking*: see the README.
 """
 
 import argparse
@@ -18,32 +16,38 @@ import contextlib
 import importlib
 import json
 import sys
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dyme import PROMPT, Config, load_policy, respond
+from reward import Example
 from support import UserError, data, files, models, parallel, rows, runs, settings, thinking
 
-COLUMNS = ("accuracy", "any_format", "official", "valid_thinking", "in_format", "groundedness", "length")
-# The base rows of the paper's main table are asked for the answer alone.
-PROMPTS = {"think": PROMPT, "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
+# The table's columns, by how they are headed; all other scores stand below it.
+COLUMNS = {"accuracy": "accuracy", "any_format": "any_format", "official": "official",
+           "valid_thinking": "valid", "in_format": "in_format", "groundedness": "grounded",
+           "length": "length"}
+OTHERS = ("accuracy_", "official_", "any_match", "multiple_choice", "pass@", "majority@")
+PROMPTS = {"think": PROMPT,  # the base rows of the paper's main table are asked directly
+           "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line. Raises UserError."""
     parser = settings.one_line_parser(__doc__)
 
-    def add(flag: str, default: Any, text: str, **options: Any) -> None:
-        parser.add_argument(flag, type=type(default), default=default, metavar="X", help=text, **options)
+    def add(flag: str, default: int | float | str, text: str) -> None:
+        parser.add_argument(flag, type=type(default), default=default, metavar="X", help=text)
 
-    parser.add_argument("models", nargs="*", metavar="MODEL",
-                        help="run folders, model directories, hub ids, short names, tiny")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="run, directory, hub id, tiny")
     parser.add_argument("--model", nargs="+", default=[], metavar="X", help="the same")
-    parser.add_argument("--best", action="store_true", help="a run's best weights by val, not its last")
+    parser.add_argument("--best", action="store_true", help="a run's best weights by val, not last")
     add("--data", "", "as for dyme.py [a run's own data, else toy]")
     parser.add_argument("--prompt", choices=PROMPTS, default="think",
-                        help="ask for thinking and the format [think], or for the answer alone: read `official` then")
+                        help="ask for thinking and the format [think], or for the answer alone")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [a toy run's own, else 1024]")
@@ -53,15 +57,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
     add("--device", "auto", "auto, cpu, cuda or cuda:N")
+    parser.add_argument("--plain", action="store_true", help="without what makes it fast")
     args = parser.parse_intermixed_args(argv)
     args.model += args.models
     if not args.model:
         raise UserError("name a run folder or a model to score (--help shows all flags)")
     for name in ("samples", "limit", "max_new_tokens", "batch", "image_edge", "seed"):
         if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+            raise UserError(f"--{name.replace('_', '-')}: must not be negative")
     if not 0 < args.temperature <= settings.HIGHEST:
-        raise UserError(f"--temperature {args.temperature}: must be above 0 and at most {settings.HIGHEST:g}")
+        raise UserError(f"--temperature: must be above 0 and at most {settings.HIGHEST:g}")
     for name in args.model:
         settings.check_model_name(name, {"tiny", *models.NAMES})
     if args.out and len(args.model) > 1:
@@ -69,52 +74,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Answer the test split with one model, write predictions.jsonl, and return the averages.
-
-    Other processes are kept out of the folder until the stack ends.
-    """
-    is_run = (Path(name) / "config.json").exists() and (Path(name) / "metrics.jsonl").exists()
-    weights = "best" if args.best else "checkpoint"
-    if is_run and not (Path(name) / weights).is_dir():
-        raise UserError(f"--model {name}: this run has no {weights} yet (see --save-every, --eval-every)")
-    saved = settings.read(Path(name), Config) if is_run else {}
+def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> dict:
+    """Answer the test split in a folder that is locked until the stack ends; the averages."""
+    folder, weights = Path(name), "best" if args.best else "checkpoint"
+    try:
+        saved = settings.read(folder, Config)
+    except UserError:
+        if args.best or (folder / "metrics.jsonl").exists():
+            raise
+        saved = {}  # it is a model, not a run
+    if saved and not (folder / weights).is_dir():
+        raise UserError(f"{name}: has no {weights} yet (see --save-every, --eval-every)")
     source = args.data or saved.get("data", "toy")
-    toy = source == "toy"
     examples = load_test(name, source, saved.get("data"), args.limit)
-    image_edge = args.image_edge or saved.get("image_edge", 0)
-    source_of_weights = str(Path(name) / weights) if is_run else name
     device = parallel.select_device(args.device)
-    policy = load_policy(source_of_weights, device, image_edge)
-    out = open_folder(Path(args.out or (name if is_run else f"runs/eval-{Path(name).name}")), stack)
-
-    max_new_tokens = 1024
-    if toy:
-        max_new_tokens = saved.get("max_new_tokens", Config.max_new_tokens)
-    max_new_tokens = args.max_new_tokens or max_new_tokens
+    policy = load_policy(str(folder / weights) if saved else name, device,
+                         args.image_edge or saved.get("image_edge", 0))
+    if not args.plain:
+        policy = importlib.import_module("support.fast").speed_up(policy)
+    # By a model's whole name: a/model and b/model are two.
+    default = name if saved else f"runs/eval-{str(folder).replace('/', '--')}"
+    out = open_folder(Path(args.out or default), stack)
+    toy, prompt, k = source == "toy", PROMPTS[args.prompt], args.samples
     batch = args.batch or (64 if toy else 32 if device.type == "cuda" else 8)
-    prompt = PROMPTS[args.prompt]
-    predictions = respond(policy, examples, max_new_tokens, batch, prompt=prompt)
-    about = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
-    summary = about | thinking.summarise(predictions)
-    if args.samples:
-        k = args.samples
-        drawn = respond(policy, examples, max_new_tokens, max(1, batch // k), k, args.temperature, args.seed, prompt)
-        groups = list(parallel.chunks(drawn, k))
+    own = saved.get("max_new_tokens", Config.max_new_tokens)
+    longest = args.max_new_tokens or (own if toy else 1024)
+    predictions = respond(policy, examples, longest, batch, prompt=prompt)
+    summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
+    summary |= thinking.summarise(predictions)
+    if k:
+        drawn = respond(policy, examples, longest, max(1, batch // k), draws=k,
+                        temperature=args.temperature, seed=args.seed, prompt=prompt)
+        groups, kept = list(parallel.chunks(drawn, k)), ("response", "parsed", "accuracy")
         summary |= vote(groups)
         for prediction, group in zip(predictions, groups, strict=True):
-            keys = ("response", "parsed", "accuracy")
-            prediction["samples"] = [{key: sample[key] for key in keys} for sample in group]
+            prediction["samples"] = [{key: sample[key] for key in kept} for sample in group]
     if parallel.is_main():
         files.write_jsonl(out / "predictions.jsonl", predictions)
         files.write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
         print(f"wrote {out / 'predictions.jsonl'}", file=sys.stderr)
-    setting = runs.pooling_key(Path(name), saved, settings.CHANGEABLE_ON_RESUME) if saved else name
-    return summary | {"setting": setting, "mode": saved.get("mode", "base"), "seed": saved.get("seed", "-")}
+    setting = runs.pooling_key(folder, saved, settings.CHANGEABLE_ON_RESUME) if saved else name
+    return {"mode": "base", "seed": "-"} | saved | summary | {"setting": setting}
 
 
-def load_test(name: str, source: str, trained_on: str | None, limit: int) -> list[Any]:
-    """The rows to test a model on; of your own rows, a run on them is tested on the tenth held back."""
+def load_test(name: str, source: str, trained_on: str | None, limit: int) -> list[Example]:
+    """The rows to test on; of your own rows, a run on them is tested on the tenth held back."""
     own_rows = source.endswith((".json", ".jsonl"))
     held_back = own_rows and trained_on and Path(source).resolve() == Path(trained_on).resolve()
     examples = data.load_data(source, "val" if held_back else "test")
@@ -124,7 +128,7 @@ def load_test(name: str, source: str, trained_on: str | None, limit: int) -> lis
 
 
 def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:
-    """Make and lock the folder for predictions, to know that it can be written before the work is done."""
+    """Make and lock the folder for predictions, to know before the work that it can be written."""
     with parallel.errors_shared():
         try:
             if parallel.is_main():
@@ -136,11 +140,12 @@ def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:
     return out
 
 
-def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """pass@k (any of k samples is right) and majority@k (the commonest answer in the format is right)."""
+def vote(groups: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """pass@k: any of k samples is right. majority@k: the commonest answer in the format is."""
     passed, majority, k = 0, 0, len(groups[0])
     for group in groups:
-        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["accuracy"]) for p in group]
+        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["accuracy"])
+                for p in group]
         commonest = Counter(answer for answer, _ in said if answer).most_common(1)
         passed += any(right for _, right in said)
         majority += any(right for answer, right in said if commonest and answer == commonest[0][0])
@@ -148,36 +153,33 @@ def vote(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Print a line per model, then mean and range over the seeds of each setting that has several."""
-    starts = ("official_", "accuracy_", "any_match", "multiple_choice", "pass@", "majority@")
-    extra = dict.fromkeys(key for row in table for key in row if key.startswith(starts))
-    columns = [*COLUMNS, *extra]
-    width = max(len(row["model"]) for row in table)
-    heads = " ".join(f"{column:>12}" for column in columns)
-    print(f"{'model':{width}} {'mode':9} seed  rows {heads}")
+    """Print a line of at most 100 columns per model; below, other scores, and means over seeds."""
+    print(f"{'model':18} mode      seed  rows {' '.join(COLUMNS.values())}")
     for row in table:
-        cells = []
-        for column in columns:
-            value = row.get(column)
-            shown = f"{value:.3f}" if isinstance(value, float) else "-"
-            cells.append(f"{shown:>{max(12, len(column))}}")
-        print(f"{row['model']:{width}} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")
+        name = row["model"].removeprefix("runs/")
+        name = name if len(name) <= 18 else f"…{name[-17:]}"
+        cells = [f"{shown(row.get(key)):>{len(head)}}" for key, head in COLUMNS.items()]
+        print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")
+    for row in table:
+        below = [f"{key} {shown(row[key])}" for key in row if key.startswith(OTHERS)]
+        if row.get("thinking_judged", 1) < 1:
+            below.append(f"rules can judge the thinking of {shown(row['thinking_judged'])}")
+        if below:
+            name = f"{row['model']}: " if len(table) > 1 else ""
+            print(textwrap.fill(name + ", ".join(below), 100, subsequent_indent="  "))
     for setting in dict.fromkeys(row["setting"] for row in table):
         # By seed, so that a copy of a run does not count as another one.
-        seeds = {row["seed"]: row for row in table if row["setting"] == setting}
-        if len(seeds) > 1:
-            print_seeds([*seeds.values()])
+        seeds = [*{row["seed"]: row for row in table if row["setting"] == setting}.values()]
+        for key in ("accuracy", "official", "valid_thinking") if len(seeds) > 1 else ():
+            if scores := [row[key] for row in seeds if row.get(key) is not None]:
+                mean, low, high = sum(scores) / len(scores), min(scores), max(scores)
+                print(f"{seeds[0]['mode']}, {key}, {len(seeds)} seeds: mean {mean:.3f} "
+                      f"(from {low:.3f} to {high:.3f})")
 
 
-def print_seeds(seeds: list[dict[str, Any]]) -> None:
-    """Print mean and range over seeds."""
-    for column in ("accuracy", "official", "valid_thinking"):
-        scores = [row[column] for row in seeds if row.get(column) is not None]
-        if not scores:
-            continue
-        mean = sum(scores) / len(scores)
-        print(f"{seeds[0]['mode']}, {column}, {len(seeds)} seeds: mean {mean:.3f} "
-              f"(from {min(scores):.3f} to {max(scores):.3f})")
+def shown(value: float | None) -> str:
+    """A score as the table shows it."""
+    return "-" if value is None else f"{value:.{3 if value < 2 else 1}f}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,8 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
         return importlib.import_module("support.report").write_page(argv[1:])
-    args = parse_arguments(argv)
-    table = []
+    args, table = parse_arguments(argv), []
     with parallel.processes(args.device):
         for name in args.model:
             with contextlib.ExitStack() as stack:

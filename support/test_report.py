@@ -1,4 +1,4 @@
-"""Tests of the report: records, the story, the page in a browser."""
+"""Tests of the report and of eval.py's table: records, the story, the page in a browser."""
 
 import base64
 import dataclasses
@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+import eval as evaluation
 from dyme import Config
 from reward import Example
 from support import UserError, data, report, samples, toy
+from support import runs as run_folders
 from support.report import records, story
 from test_dyme import Capture, Patch, Row
 
@@ -483,3 +485,49 @@ def test_the_headline_is_what_happened() -> None:
     nothing = story.headline([shown_run("g", "grpo", 0.0, 0.0)])
     assert nothing.startswith("In 75 steps of GRPO, accuracy on held-out rows stayed at 0.00; on")
     assert story.headline([shown_run("new", "sft", 0.0)]).startswith("No run has been evaluated")
+
+
+# ---- eval.py's table -----------------------------------------------------------------------------
+
+
+def test_the_table_fits_100_columns_and_pools_seeds(capsys: Capture) -> None:
+    names = ["runs/a-model-with-a-rather-long-name-s0", "runs/copy", "runs/b", "runs/other"]
+    same = {"mode": "two-stage", "rows": 12345, "official": 0.5, "length": 1234.5, "pass@8": 0.25,
+            "thinking_judged": 0.5}
+    same |= {f"accuracy_{kind}": 0.5 for kind in ("sum", "difference", "tallest", "shortest")}
+    evaluation.print_table([
+        same | {"model": name, "seed": int(name == "runs/b"), "accuracy": i / 10,
+                "setting": name == "runs/other"} for i, name in enumerate(names)])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert out.replace("\n ", "").count("rules can judge the thinking of 0.500") == 4
+    assert "accuracy_difference 0.500" in out
+    assert "accuracy, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out  # the copy for the first
+    assert out.count(", accuracy, ") == 1
+
+
+def test_two_models_of_one_last_name_have_two_folders(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: None)
+    monkeypatch.setattr(evaluation, "respond", lambda *_, **__: [{"response": ""}])
+    monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
+    monkeypatch.setattr(evaluation.settings, "check_model_name", lambda *_: None)
+    for name in ("a/model", "b/model", str(tmp_path / "model")):
+        evaluation.main([name, "--plain"])
+    assert len([*Path("runs").glob("eval-*/predictions.jsonl")]) == 3
+    assert Path("runs/eval-a--model").is_dir()
+
+
+@pytest.mark.parametrize("files, says", [
+    (["config.json"], "has no best yet"), (["config.json", "metrics.jsonl"], "has no best yet"),
+    (["metrics.jsonl"], "is not a run folder"), ([], "is not a run folder")])
+def test_best_weights_that_are_not_there_are_told_in_a_line(
+        tmp_path: Path, files: list[str], says: str, capsys: Capture) -> None:
+    run = write_run(tmp_path / "a", [])
+    for file in run.iterdir():
+        if file.name not in files:
+            file.unlink()
+    assert run_folders.run_main(lambda: evaluation.main([str(run), "--best"])) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert "\n" not in error
