@@ -175,10 +175,8 @@ class Policy:
 def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load `tiny`, a short name, hub id, directory or run folder. Raises UserError."""
     settings.check_model_name(name, {"tiny", *NAMES})
-    try:
+    with loading(name):
         model, processor = load_pretrained(model_source(name))
-    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
-        raise UserError(f"--model {name}: cannot be loaded ({advice(error)})") from None
     parallel.set_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
 
@@ -208,17 +206,20 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
     return model, processor
 
 
-def advice(error: Exception) -> str:
-    """Why a model cannot be loaded, in one line, and what to do."""
-    reason = " ".join(str(error).split())[:200]
-    for package in ("torchvision", "num2words"):
-        if package in reason.lower():
-            return f"pip install -r requirements.txt {package}"  # alone it would replace torch
-    if "trust_remote_code" in str(error):
-        return "a model that brings its own code is not run here"
-    if "connect" in reason.lower() or "offline" in reason.lower():
-        return f"the hub does not answer; give a directory, or one of {[*NAMES]} once it does"
-    return f"{reason}; give a hub id, a directory or one of {[*NAMES]}"
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn whatever loading a model raises into a UserError: why in one line, and what to do."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
+        reason = " ".join(str(error).split())[:200]
+        advice = f"give a hub id, a directory or one of {[*NAMES]}"
+        for package in ("torchvision", "num2words"):
+            if package in reason.lower():  # asked for alone, pip would replace torch
+                advice = f"pip install -r requirements.txt {package}"
+        if "trust_remote_code" in str(error):
+            advice = "a model that brings its own code is not run here"
+        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
 
 
 def make_policy(model: Model, processor: Any, device: torch.device,
@@ -231,7 +232,14 @@ def make_policy(model: Model, processor: Any, device: torch.device,
 
     # Padding goes to the left of prompts: a response must begin right after its prompt.
     tokenizer.padding_side = "left"
-    limit_edge(getattr(processor, "image_processor", None), image_edge)
+    image_processor = getattr(processor, "image_processor", None)
+    size = getattr(image_processor, "size", None) or {}
+    # SmolVLM scales every image up to its longest edge. In Qwen-VL the name means an area.
+    if image_edge and 0 < (size.get("longest_edge") or 0) < 10_000:
+        size["longest_edge"] = image_edge
+    # InternVL cuts an image into tiles by its shape, however small it is.
+    if image_edge and hasattr(image_processor, "max_patches"):
+        image_processor.max_patches = max(1, (image_edge // (size.get("height") or 448)) ** 2)
 
     # Model, tokenizer and template may each name another id, or several, or none.
     configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()
@@ -250,19 +258,6 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     # distribution than the one they were sampled from.
     return Policy(model.eval(), processor, tokenizer, sorted(end_ids), pad_id, device, limit,
                   autocast, rollout, sequence_logprobs, image_edge)
-
-
-def limit_edge(image_processor: Any, image_edge: int) -> None:
-    """Keep an image processor from enlarging or tiling what `--image-edge` has made small."""
-    size = getattr(image_processor, "size", None) or {}
-    # SmolVLM scales every image up to its longest edge. In Qwen-VL the name means an area, which
-    # an image that is small already does not reach.
-    if image_edge and 0 < (size.get("longest_edge") or 0) < 10_000:
-        size["longest_edge"] = image_edge
-    # InternVL cuts an image into tiles by its shape, however small it is.
-    if image_edge and hasattr(image_processor, "max_patches"):
-        tile = size.get("height") or 448
-        image_processor.max_patches = max(1, (image_edge // tile) ** 2)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
@@ -1084,11 +1079,9 @@ def micro_batches(cfg: Config, prompts: int) -> int:
 def train(cfg: Config) -> None:
     """Carry out a run in its folder, where no other process may be."""
     source = model_source(cfg.model)
-    if not cfg.resume and not Path(source).exists():  # before its data is downloaded
-        try:
+    if not cfg.resume and not Path(source).exists():  # known before its data is downloaded
+        with loading(cfg.model):
             AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - as in `load_policy`
-            raise UserError(f"--model {cfg.model}: cannot be loaded ({advice(error)})") from None
     with runs.opened(cfg) as (examples, held_out):
         run(cfg, examples, held_out)
 
