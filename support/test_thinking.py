@@ -206,7 +206,7 @@ def test_true_equations_are_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", [
     "9 ÷ 3 = −3", "-3 + 4 = 7", "0.1 + 0.2 = 0.31", "3 - -4 = -1", "29 - 18 = 12",
-    "1,250 + 310 = 1,575", "4 + 7 is 12",
+    "1,250 + 310 = 1,575", "4 + 7 is 12", "4.5 + 3.7 = 8",
     "7 + 4 = 2 * 9", "10 / 4 = 3", "12 - 18 = 9", "4 apples + 7 apples = 12 apples"])
 def test_false_equations_are_read(text: str) -> None:
     assert [e.true for e in equations(text)] == [False]

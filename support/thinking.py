@@ -60,7 +60,7 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
         sources.setdefault(row["source"], []).append(row)
     summary = {key: mean(key, predictions) for key in ("accuracy", "any_format", "official")}
     if any(sources.keys() <= part for part in PARTS):
-        parts = {f"official_{name}": sum(float(row["official"]) for row in rows) / len(rows)
+        parts = {f"official_{name}": mean("official", rows) or 0.0
                  for name, rows in sorted(sources.items())}
         summary["official"] = sum(parts.values()) / len(parts)
         summary |= parts if len(parts) > 1 else {}
