@@ -5,7 +5,6 @@
     python eval.py tiny --samples 8                           # the toy's base; with pass@8
     python eval.py SmolVLM-256M --data chartqa --prompt direct  # a base model, not asked to think
     python eval.py report runs/*                              # a page that shows them think
-    torchrun --nproc_per_node=4 eval.py runs/NAME             # on four GPUs
 
 *accuracy* wants the format: one flag, an answer, an end token. *official*, the data set's score,
 takes the text after the last flag, *any_format* the last word. *valid_thinking*: see the README.
@@ -22,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyme import PROMPT, Config, load_policy, respond
+from dyme import NAMES, PROMPT, Config, load_policy, respond
 from reward import Example
-from support import UserError, data, files, models, parallel, rows, runs, settings, thinking
+from support import UserError, data, files, parallel, runs, settings, thinking
 
 # The table's columns, by how they are headed; all other scores stand below it.
 COLUMNS = {"accuracy": "accuracy", "any_format": "any_format", "official": "official",
@@ -68,7 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 < args.temperature <= settings.HIGHEST:
         raise UserError(f"--temperature: must be above 0 and at most {settings.HIGHEST:g}")
     for name in args.model:
-        settings.check_model_name(name, {"tiny", *models.NAMES})
+        settings.check_model_name(name, {"tiny", *NAMES})
     if args.out and len(args.model) > 1:
         raise UserError("--out names one folder; with several models, leave it out")
     return args
@@ -105,7 +104,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     if k:
         drawn = respond(policy, examples, longest, max(1, batch // k), draws=k,
                         temperature=args.temperature, seed=args.seed, prompt=prompt)
-        groups, kept = list(parallel.chunks(drawn, k)), ("response", "parsed", "accuracy")
+        groups = [drawn[i:i + k] for i in range(0, len(drawn), k)]
+        kept = ("response", "parsed", "accuracy")
         summary |= vote(groups)
         for prediction, group in zip(predictions, groups, strict=True):
             prediction["samples"] = [{key: sample[key] for key in kept} for sample in group]
@@ -124,7 +124,7 @@ def load_test(name: str, source: str, trained_on: str | None, limit: int) -> lis
     examples = data.load_data(source, "val" if held_back else "test")
     if own_rows and not held_back and parallel.is_main():
         print(f"{name}: tested on all {len(examples)} rows of {source}", file=sys.stderr)
-    return rows.spread(examples, limit or len(examples))
+    return data.spread(examples, limit or len(examples))
 
 
 def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:

@@ -22,7 +22,9 @@ from reward import Example
 from support import UserError, data, report, samples, toy
 from support import runs as run_folders
 from support.report import records, story
-from test_dyme import Capture, Patch, Row
+
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+Row = dict[str, Any]
 
 # ---- Runs to show --------------------------------------------------------------------------------
 
@@ -59,7 +61,7 @@ def visits(name: str, source: str, *right: tuple[int, int]) -> list[Row]:
 
 def metrics_row(step: int, **more: Any) -> Row:
     """A row of metrics.jsonl."""
-    return {"step": step, "method": "dyme", "memorized": 0.5, "none_correct": 0.5, "lr": 0.1,
+    return {"step": step, "mode": "dyme", "memorized": 0.5, "none_correct": 0.5, "lr": 0.1,
             "reward": 1.0 + step, "no_variance": 0.0, "accuracy": 0.5 * (step % 2), "kl": 0.0,
             "reward_thinking": 0.5, "reward_format": 1.0, "seconds_update": 60} | more
 
@@ -127,10 +129,10 @@ def test_samples_follow_one_prompt_in_32_and_keep_what_r_t_compares_with() -> No
         examples = [Example("Q", "7", trace=f"trace of {name}", name=name) for name in batch]
         sequences = [SimpleNamespace(prompt=p, ids=[p], explore=False)
                      for p in range(1, len(batch))]
-        done = SimpleNamespace(examples=examples, groups=None, sequences=sequences,
+        done = SimpleNamespace(step=3, examples=examples, responses=[], sequences=sequences,
                                explore=torch.tensor([True] + [False] * (len(batch) - 1)))
         decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"target {ids} ")
-        return samples.describe(3, done, decode)
+        return samples.describe(done, decode)
 
     rows = kept(names[900], followed[5], names[901], followed[3])
     assert [row["name"] for row in rows] == [followed[5], followed[3]]  # each, whenever it returns

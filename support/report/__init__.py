@@ -18,15 +18,14 @@ from typing import Any
 from huggingface_hub import constants
 
 from reward import FLAG, Example
-from support import UserError, data, files, rows, settings
+from support import UserError, data, files, settings
 from support.report import story
 from support.report.records import MODE_NAMES, Row, Run, read_run
 from support.thinking import quoted_numbers
 
 POINTS, ANSWERS, KINDS, PAGE_BYTES = 500, 40, 12, 8e6  # at most of each on a page, about
 MARK = '<meta name="runs" content='  # in the head of a page, before the runs that it shows
-HELD_OUT, KIND, SWITCH = "Held-out rows", "Kinds of question", "Switch and collapse"
-OTHER = "Responses and optimisation"
+HELD_OUT, KIND, SWITCH, OTHER = "Held-out rows", "Kinds of question", "Switch", "Optimisation"
 CHARTS = (  # section, title, unit, key; axis: of a share from 0 to 1, "top" from the lowest to 1
     (HELD_OUT, "Accuracy", "share right and in the format", "accuracy", "share"),
     (HELD_OUT, "Valid thinking", "share right for the right reasons", "valid_thinking", "share"),
@@ -80,8 +79,7 @@ def write_page(argv: list[str]) -> None:
     # Within a script element only `<` could end it; JSON may write it as an escape.
     page = page.replace("DATA", text.replace("<", "\\u003c"), 1).replace("RUNS", mark, 1)
     files.write_atomically(out, page)
-    for note in notes:
-        print(note, file=sys.stderr)
+    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
@@ -189,9 +187,9 @@ def answers(run: Run, shelf: Shelf, most: int) -> list[Row]:
     pairs = [(old, new) for new in run.after if (old := base.get((new["name"], new["question"])))]
     changed, alike = ([pair for pair in pairs if (pair[0]["accuracy"] != pair[1]["accuracy"]) is so]
                       for so in (True, False))
-    changed = rows.spread(changed, most * 3 // 4 + 1)
+    changed = data.spread(changed, most * 3 // 4 + 1)
     found = []
-    for pair in changed + rows.spread(alike, most - len(changed)):
+    for pair in changed + data.spread(alike, most - len(changed)):
         facts, image = shelf.look_up(run.cfg, "val", pair[1])
         cells = [{"text": mark(row["response"][:3000], facts, row["question"]),
                   "r_a": row["accuracy"], "r_f": row["in_format"], "finished": row["finished"],
@@ -273,7 +271,7 @@ def fit(content: Row, shelf: Shelf) -> dict[str, str]:
         address = row["image"]
         if address in shelf.pictures and address not in images:
             with contextlib.suppress(UserError, OSError):
-                file, image = io.BytesIO(), rows.shrink(shelf.pictures[address](), 480)
+                file, image = io.BytesIO(), data.shrink(shelf.pictures[address](), 480)
                 kind = "png" if max(image.size) <= 128 else "jpeg"
                 image.convert("RGB").save(file, kind, optimize=True)
                 text = base64.b64encode(file.getvalue()).decode()

@@ -14,7 +14,7 @@ MODE_NAMES = {"dyme": "DyME", "grpo": "GRPO", "sft": "SFT", "two-stage": "SFT, t
 # What a record must hold: a type, one of several, or one of these words; None may be missing.
 CONFIG = {"mode": tuple(MODE_NAMES), "data": str, "steps": int, "prompts": int, "switch": str,
           "thinking_weight": float, "format_weight": float}
-STEP = {"step": int, "method": (str, None)}  # metrics and evaluations, with numbers beside it
+STEP = {"step": int, "mode": (str, None)}  # metrics and evaluations, with numbers beside it
 RESPONSE = {"text": str, "finished": bool, "r_a": float, "r_t": float, "r_f": float,
             "reward": float, "advantage": float}
 GROUP = {"step": int, "name": str, "source": str, "question": str, "answer": str,
@@ -52,12 +52,10 @@ def read(file: Path, shape: Row, numbers: bool = False) -> tuple[list[Row], int]
     Of a row, what the shape names is kept, and with `numbers` all its other numbers.
     """
     rows, lost = [], 0
-    try:
-        if not file.is_file():  # a folder, or a device that might never end
-            return [], int(file.exists())
-        lines = file.read_bytes().split(b"\n")
+    try:  # a folder, or a device that might never end, is one damaged row
+        lines = file.read_bytes().split(b"\n") if file.is_file() else [b"?"] * file.exists()
     except OSError:
-        return [], 1
+        lines = [b"?"]
     for line in filter(bytes.strip, lines):
         try:
             row = json.loads(line.decode())

@@ -86,13 +86,12 @@ def remarks(cfg: Row, group: Row) -> list[str]:
                         + " That is why the switch looks at right answers only." * cfg["by_eq_6"])
     if group["facts"] and sound:
         count = sum(not misread(response["text"]) for response in sound)
-        said.append("Right responses that quote only what is in the image or follows from it: "
-                    f"{count} of {len(sound)}.")
+        said.append(f"Right responses where rules find no false number: {count} of {len(sound)}.")
     if group["facts"] and group["target"]:
         wrong = misread(group["target"], group["answer"])
         said.append(f"The reference has the true answer, but says {' and '.join(wrong)}, which the "
                     "image does not show: what is imitated here is pseudo thinking." if wrong else
-                    "All numbers in the reference's trace are in the image, or follow from such.")
+                    "Rules find no false number in the reference's trace.")
     wrong = misread(group["trace"], group["answer"])
     if wrong and group["explores"] and cfg["thinking_weight"] and not cfg["helper_rates"]:
         taken = sum(bool({*wrong} & {*misread(response["text"])}) for response in sound)
@@ -113,8 +112,8 @@ def equations(cfg: Row, group: Row) -> list[Row]:
     found: list[Row] = [{"kind": "switch"}] if cfg["by_eq_6"] else []
     if cfg["mode"] == "dyme" and group["target"]:
         found.append({"kind": "imitate", "prompts": cfg["prompts"]})
-    rewards = [response["reward"] for response in group["responses"]]
-    advantages = [response["advantage"] for response in group["responses"]]
+    rewards, advantages = ([response[key] for response in group["responses"]]
+                           for key in ("reward", "advantage"))
     if not group["explores"] or not rewards:
         return found
     if not any(advantages):
@@ -165,9 +164,8 @@ def tell(run: Run, shown: list[Row], number: int) -> Row | None:
                 if group["name"] == first["name"] and group["question"] == first["question"]]
         if seen and other is not mine:
             others.append(f"{other['name']} ({MODE_NAMES[other['mode']]}): {'; '.join(seen)}.")
-    rated = "how near the thinking is to a reference trace"
-    if run.cfg["helper_rates"]:
-        rated = "how a helper rates the thinking"
+    rated = ("how a helper rates the thinking" if run.cfg["helper_rates"] else
+             "how near the thinking is to a reference trace")
     rule = "All are compared with each other." if run.cfg["mode"] != "dyme" else ""
     if run.cfg["by_eq_6"]:
         rule = ("If any is right, they are compared with each other: exploration. If none is, the "
