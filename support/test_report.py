@@ -19,7 +19,7 @@ import torch
 import eval as evaluation
 from dyme import Config
 from reward import Example
-from support import UserError, data, report, samples, toy
+from support import UserError, data, report, toy
 from support import runs as run_folders
 from support.report import records, story
 
@@ -132,7 +132,7 @@ def test_samples_follow_one_prompt_in_32_and_keep_what_r_t_compares_with() -> No
         done = SimpleNamespace(step=3, examples=examples, responses=[], sequences=sequences,
                                explore=torch.tensor([True] + [False] * (len(batch) - 1)))
         decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"target {ids} ")
-        return samples.describe(done, decode)
+        return run_folders.describe_groups(done, decode)
 
     rows = kept(names[900], followed[5], names[901], followed[3])
     assert [row["name"] for row in rows] == [followed[5], followed[3]]  # each, whenever it returns
