@@ -290,11 +290,12 @@ def test_flags_and_annealing_decide_what_is_asked(
         chat: Any, tmp_path: Path, settings: dict[str, Any], graded: int, refined: int) -> None:
     chat.script = by_task("high", f"{GOOD}\nAnswer: 4")
     trainer = attach(chat, tmp_path, **settings)
-    full_trace = trainer.judge([said("x")], [RED]) and trainer.trace(RED) if refined else ""
-    if not refined:
-        trainer.judge([said("x")], [RED])
+    trainer.judge([said("x")], [RED])
+    start = time.monotonic()
+    while len(chat.seen) < graded + refined and time.monotonic() < start + 5:
+        time.sleep(0.01)  # refining goes on after `judge`
     assert sum("You grade" in seen.text for seen in chat.seen) == graded
-    assert full_trace == GOOD * refined
+    assert sum("Follow this form" in seen.text for seen in chat.seen) == refined
 
 
 def test_without_the_refiner_the_static_trace_stays(chat: Any, tmp_path: Path) -> None:
@@ -702,8 +703,7 @@ def run(monkeypatch: Patch, chat: Any, out: Path, *flags: str) -> int:
     """Carry out a tiny run of the toy; the exit code."""
     given = ["--helper-url", chat.url, "--helper-model", "m", "--prompts", "2",
              "--generations", "2", "--eval-rows", "2", "--eval-every", "0", "--warmup", "0"]
-    argv = ["dyme.py", "--out", str(out), *([] if "--resume" in flags else given), *flags]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "argv", ["dyme.py", "--out", str(out), *given, *flags])
     return dyme.main()
 
 
@@ -711,20 +711,13 @@ def toys(text: str, _: Any) -> str:
     return toy_helper.toy_helper(text)
 
 
-def test_a_run_counts_what_it_asks_and_goes_on_where_it_stopped(
-        chat: Any, monkeypatch: Patch, tmp_path: Path) -> None:
+def test_a_run_counts_what_it_asks(chat: Any, monkeypatch: Patch, tmp_path: Path) -> None:
     chat.script = toys
-    flags = ["--switch", "explore", "--no-refiner"]
-    assert run(monkeypatch, chat, tmp_path / "a", "--steps", "1", *flags) == 0
-    first, = files.read_jsonl(tmp_path / "a" / "metrics.jsonl")
-    assert first["helper_calls"] == len(chat.seen) - 1 > 0  # the start check's is no step's
-    state = torch.load(tmp_path / "a" / "checkpoint" / "training_state.pt")
-    state["kept"]["examples"] = ["From the checkpoint."]
-    torch.save(state, tmp_path / "a" / "checkpoint" / "training_state.pt")
-    chat.seen.clear()
-    assert run(monkeypatch, chat, tmp_path / "a", "--resume", "--steps", "2") == 0
-    assert "From the checkpoint." not in chat.seen[0].text  # the start check
-    assert "From the checkpoint." in chat.seen[1].text
+    flags = ["--steps", "1", "--switch", "explore", "--no-refiner"]
+    assert run(monkeypatch, chat, tmp_path / "a", *flags) == 0
+    row, = files.read_jsonl(tmp_path / "a" / "metrics.jsonl")
+    assert row["helper_calls"] == len(chat.seen) - 1 > 0  # the start check's is no step's
+    assert row["helper_failures"] == row["helper_false_traces"] == 0
 
 
 def test_a_helper_that_dies_costs_no_run(chat: Any, monkeypatch: Patch, tmp_path: Path) -> None:
