@@ -74,8 +74,7 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
 
 
 def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
-    """Make or lock the run folder, until the stack ends. Raises UserError if it is not this run's.
-    """
+    """Enter the run folder, or make it, and lock it until the stack ends. Raises UserError."""
     run = Path(cfg.out)
     if (run / "config.json").exists():
         settings.read(run, type(cfg))
@@ -148,8 +147,7 @@ def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str,
 
 
 def check_unchanged(run: Path, found: dict[str, Any]) -> None:
-    """Raise UserError if a run lost its checkpoint or began with other rows; tell edited settings.
-    """
+    """Raise UserError if a run lost its checkpoint or its rows changed; tell edited settings."""
     saved = read_config(run)
     if saved.get("saved") and not (run / "checkpoint").exists():
         raise UserError(f"--out {run}: has no checkpoint to go on from, though one was saved; "
@@ -405,27 +403,19 @@ def open_board(wanted: bool, run: Path, step: int) -> SummaryWriter | None:
     if not (wanted and parallel.is_main()):
         return None
     from torch.utils.tensorboard import SummaryWriter
-    board = SummaryWriter(run / "tensorboard", purge_step=step)  # drops what a resumed run repeats
-    for row in files.read_jsonl(run / "evaluations.jsonl"):
-        if row["step"] == step:  # the one evaluation that it does not repeat
-            add_scalars(board, "evaluations", row)
-    return board
-
-
-def add_scalars(board: SummaryWriter, title: str, row: dict[str, Any]) -> None:
-    """Write the numbers of a step to TensorBoard."""
-    for key, value in row.items():
-        if isinstance(value, int | float) and key != "step":
-            board.add_scalar(f"{title}/{key}", value, row["step"])
-    board.flush()
+    # A resumed run repeats all later steps, but not the evaluation at this one.
+    return SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
 
 def record(file: Path, row: dict[str, Any], board: SummaryWriter | None) -> None:
     """Append a row of a step to a file, and its numbers to TensorBoard."""
     with tolerated(str(file)):
         files.append_row(file, row)
+        for key, value in row.items():
+            if board and isinstance(value, int | float) and key != "step":
+                board.add_scalar(f"{file.stem}/{key}", value, row["step"])
         if board:
-            add_scalars(board, file.stem, row)
+            board.flush()
 
 
 def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]],

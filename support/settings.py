@@ -190,7 +190,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{given}: must be one of {', '.join(choices)}")
     if isinstance(value, str):
         if value.encode(errors="ignore").decode() != value:
-            raise UserError(f"{given}: must be UTF-8, for weights are saved under no other name")
+            raise UserError(f"{given}: must be UTF-8")
         return
     low, high = LOWEST.get(field.name, 0), HIGHEST if isinstance(value, float) else math.inf
     if not low <= value <= high:

@@ -26,6 +26,7 @@ from support import DivergedError, UserError, files, settings, toy
 from support import runs as run_folders
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
 
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 HERE = os.environ | {"PYTHONPATH": str(Path(dyme.__file__).parent)}
 
 
@@ -94,6 +95,7 @@ def test_steps_are_what_they_say_and_real_two_stage_gets_one_pass_of_sft() -> No
 # ---- The reference of the KL ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_kl_of_two_stage_is_to_the_model_after_sft_also_when_resumed(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     flags = ["--mode", "two-stage", "--sft-steps", "2", "--steps", "5", "--beta", "0.5",
@@ -244,7 +246,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys
 @pytest.mark.parametrize("error", [
     lambda: fail(UserError("a picture is broken")), lambda: fail(DivergedError("NaN")),
     lambda: fail(KeyError("a bug")), *[lambda number=number: os.kill(os.getpid(), number)
-                                       for number in run_folders.STOP_SIGNALS]])
+                                       for number in STOP_SIGNALS]])
 def test_a_run_that_ends_before_it_saves_brings_the_one_before_back(
         runs: Path, monkeypatch: Patch, capsys: Capture, error: Callable[[], Any]) -> None:
     assert run(runs, "a", "--steps", "2") == 0
@@ -392,6 +394,7 @@ def test_a_damaged_training_state_is_one_line(
     assert f"--model {runs / 'a'} --out NEW" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1_000_000, 2_200_000])  # within the weights; within the state
 def test_a_failing_disk_is_one_line_and_costs_no_checkpoint(
         runs: Path, monkeypatch: Patch, capsys: Capture, limit: int) -> None:
@@ -623,6 +626,7 @@ sys.exit(runs.run_main(program))
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_whatever_its_threads_do() -> None:
     hanging = subprocess.Popen([sys.executable, "-c", HANG], env=HERE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
@@ -634,7 +638,7 @@ def test_a_second_signal_ends_the_process_whatever_its_threads_do() -> None:
     assert hanging.wait(timeout=10) == 130
 
 
-@pytest.mark.parametrize("number", run_folders.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_stop_lets_the_step_end_and_saves(
         runs: Path, monkeypatch: Patch, capsys: Capture, number: int) -> None:
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
