@@ -177,6 +177,7 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     settings.check_model_name(name, {"tiny", *NAMES})
     with loading(name):
         model, processor = load_pretrained(model_source(name))
+        check_logits(model)
     parallel.set_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
 
@@ -204,6 +205,15 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
     return model, processor
+
+
+@torch.no_grad()
+def check_logits(model: Model) -> None:
+    """Raise ValueError if `next_logits` leaves out what the model does to its logits."""
+    ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
+    ours = next_logits(model, model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(ours, model(input_ids=ids).logits.float(), rtol=1e-3, atol=1e-3):
+        raise ValueError("it changes its logits after the head in a way that is not known here")
 
 
 @contextlib.contextmanager
@@ -407,7 +417,15 @@ def extend(model: Model, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
 
 def next_logits(model: Model, hidden: Tensor) -> Tensor:
     """Float32 logits (N, V) of the token after each of `hidden: (N, D)`."""
-    return model.get_output_embeddings()(hidden).float()
+    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    # What some families do after the head: Cohere multiplies, Granite divides, Gemma 2 caps.
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: int,

@@ -49,6 +49,8 @@ def speed_up(policy: Policy) -> Policy:
     try:
         if others - {"full_attention"}:
             raise NotImplementedError(f"layers of {', '.join(sorted(others))}")
+        if not others and getattr(config, "sliding_window", None):
+            raise NotImplementedError(f"a window of {config.sliding_window} tokens")
         difference = (trial_logprobs(faster) - expected).abs().max().item()
         if not difference < 0.05:
             raise ArithmeticError(f"log-probs differ by {difference:.2g}")
