@@ -1,0 +1,557 @@
+"""support/fast.py equals dyme.py: log-probs, gradients, samples, runs; four families, text alone."""
+
+import contextlib
+import copy
+import dataclasses
+import runpy
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dyme
+from dyme import Policy, Response, Sequence
+from reward import Example
+from support import fast
+from support.make_toy_base import new_policy
+from test_dyme import (
+    CONNECTOR,
+    CORRECT,
+    CPU,
+    FAMILIES,
+    PROMPTS,
+    SEQUENCES,
+    TEXT,
+    Capture,
+    Inputs,
+    Patch,
+    assert_close,
+    bare_policy,
+    family_inputs,
+    gradients,
+    make_trainer,
+    near,
+    pad_batch,
+    run,
+    summed,
+    tiny_family,
+)
+
+KINDS = [*FAMILIES, "llama"]  # the last one is text only
+half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def text_model(kind: str, **settings: Any) -> torch.nn.Module:
+    """A random text-only model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(TEXT | settings))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for p in model.parameters():
+        if p.dim() > 1:  # as drawn they are so small that attention hardly matters
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    return text_model(kind).to(dtype) if kind == "llama" else tiny_family(kind, dtype)
+
+
+def make_prompts(kind: str, dtype: torch.dtype = torch.float64) -> list[Inputs]:
+    """Three prompts of different lengths."""
+    if kind != "llama":
+        return [family_inputs(kind, text, i, dtype) for i, text in enumerate(PROMPTS)]
+    ids = [torch.tensor([text]) for text in PROMPTS]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+
+def both(kind: str) -> tuple[Policy, Policy]:
+    """The same policy plain and sped up."""
+    plain, faster = bare_policy(make_model(kind)), fast.speed_up(bare_policy(make_model(kind)))
+    assert faster.logprobs is fast.sequence_logprobs
+    return plain, faster
+
+
+# ---- Log-probs and gradients ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [3, 2, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_and_its_gradient_are_the_plain_ones(kind: str, micro_batch: int) -> None:
+    prompts, results = make_prompts(kind), []
+    batches = [pad_batch(prompts[i:i + micro_batch]) for i in range(0, 3, micro_batch)]
+    for policy in both(kind):
+        results.append(summed(policy, batches, SEQUENCES, temperature=0.7))
+    (loss, expected), (fast_loss, ours) = results
+    assert fast_loss == pytest.approx(loss, abs=1e-6)
+    assert len(ours) > 10
+    assert_close(ours, expected, 1e-6)
+
+
+@pytest.mark.parametrize("limit", [1024, 5, 0])  # a prompt's sequences in one row, or several
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_log_probs_and_their_gradients_are_the_plain_ones(kind: str, limit: int) -> None:
+    ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    owners, lengths, results = [0, 0, 1, 1, 1], [6, 1, 4, 3, 6], []
+    sequences = [Sequence(0, row[:n], 0, True) for row, n in zip(ids, lengths, strict=True)]
+    plain, faster = both(kind)
+    inputs = pad_batch(make_prompts(kind)[:2])
+    expected, mask = dyme.sequence_logprobs(plain, plain.model, inputs, owners, sequences, 0.7)
+    ours, our_mask = fast.packed_logprobs(
+        faster.model, inputs, owners, [s.ids for s in sequences], torch.full((5,), 0.7), limit)
+    assert torch.equal(mask, our_mask)
+    assert mask.sum(1).tolist() == lengths
+    for policy, logprobs in ((plain, expected), (faster, ours)):
+        (logprobs * torch.linspace(-1, 1, 30).view(5, 6)).sum().backward()
+        results.append(gradients(policy.model))
+    assert torch.allclose(ours, expected, atol=1e-5)
+    assert_close(*results, 1e-5)
+
+
+def test_packing_by_hand() -> None:
+    assert fast.pack([0, 0, 0, 2], [3, 2, 3, 0], limit=5) == ([0, 0, 2], [0, 0, 1, 2], [0, 3, 0, 0])
+    assert fast.pack([1, 1], [9, 9], limit=5) == ([1, 1], [0, 1], [0, 0])  # too long for any row
+
+
+def test_chunked_log_probs_and_their_gradients_are_those_of_one_chunk(tiny: Policy) -> None:
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(7, 96, requires_grad=True), torch.arange(7)
+    temperature, results = torch.linspace(0.5, 1.5, 7), []
+    for chunk in (7, 3):
+        logprobs = fast.token_logprobs(tiny.model, hidden, ids, temperature, chunk)
+        loss = (logprobs * torch.arange(7)).sum()
+        results.append([logprobs, *torch.autograd.grad(loss, [hidden, tiny.model.lm_head.weight])])
+    plain = (tiny.model.lm_head(hidden) / temperature[:, None]).log_softmax(1)[ids, ids]
+    assert torch.allclose(results[0][0], plain, atol=1e-6)
+    for one, several in zip(*results, strict=True):
+        assert torch.allclose(one, several, atol=1e-5)
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def assert_same(ours: list[Response], expected: list[Response]) -> None:
+    assert [y.ids for y in ours] == [y.ids for y in expected]
+    assert [y.finished for y in ours] == [y.finished for y in expected]
+    assert [y.text for y in ours] == [y.text for y in expected]
+    entropies = pytest.approx([y.entropy for y in expected], abs=1e-4)
+    assert [y.entropy for y in ours] == entropies
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_the_plain_ones(kind: str, temperature: float) -> None:
+    prompts, results = make_prompts(kind), []
+    batches = [pad_batch(prompts[:2]), prompts[2]]
+    uniforms = dyme.keyed_uniforms(0, 0, range(3), 4, 40)
+    for policy in both(kind):
+        policy = dataclasses.replace(policy, end_ids=[2, *range(40, 44)])  # so that some end
+        results.append(policy.rollout(policy, batches, uniforms, 4, temperature))
+    expected, ours = results
+    assert_same(ours, expected)
+    if temperature:
+        assert len({len(y.ids) for y in ours}) > 3
+
+
+def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Example]) -> None:
+    dones, weights = [], []
+    for plain in (True, False):
+        trainer = make_trainer(tiny, CORRECT, plain=plain, micro_batch=3, temperature=0.8)
+        for step in range(2):
+            dones.append(dyme.train_step(trainer, examples[4 * step:4 * step + 4], step, 1e-3))
+        weights.append({name: p.detach() for name, p in trainer.policy.model.named_parameters()})
+    for expected, ours in zip(dones[:2], dones[2:], strict=True):
+        for a, b in zip(ours.responses, expected.responses, strict=True):
+            assert_same(a, b)
+        assert ours.metrics["loss"] == pytest.approx(expected.metrics["loss"], abs=1e-5)
+    assert_close(weights[1], weights[0], 2e-5)
+
+
+def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
+        tiny: Policy, examples: list[Example]) -> None:
+    policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
+    batches = [dyme.encode_prompts(policy, examples[i:i + 2], room=8) for i in (0, 2)]
+    with torch.no_grad():
+        prefixes = [dyme.encode_prefix(policy.model, batch) for batch in batches]
+    layers = [layer for prefix in prefixes for layer in prefix.cache.layers]
+    copies, alive = [weakref.ref(x) for y in layers for x in (y.keys, y.values)], []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda *_: alive.append(sum(copy() is not None for copy in copies)))
+    with torch.no_grad():
+        fast.sample(policy.model, prefixes, torch.rand(8, 8), [-1], 0, 1.0)
+    assert len(copies) == 12
+    assert alive == [0] * 7
+
+
+@half
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_samples_and_trains(family: str, dtype: torch.dtype) -> None:
+    """What CUDA does, tried on the CPU: under autocast keys and values come in two precisions."""
+    policy = fast.speed_up(bare_policy(tiny_family(family, torch.float32)))
+    model, inputs = policy.model, pad_batch(make_prompts(family, torch.float32))
+    autocast = lambda: torch.autocast("cpu", dtype=dtype)  # noqa: E731
+    with autocast(), torch.no_grad():
+        merged = fast.merge([dyme.encode_prefix(model, inputs)], 4, torch.arange(2))
+    for layer in merged.cache.layers:
+        assert layer.keys.dtype == layer.values.dtype == dtype
+    half_policy = dataclasses.replace(policy, autocast=autocast, end_ids=[])
+    responses = half_policy.rollout(half_policy, [inputs], torch.rand(6, 6), 2, 1.0)
+    sequences = [Sequence(i // 2, y.ids, 1.0, True) for i, y in enumerate(responses)]
+    owners = [s.prompt for s in sequences]
+    logprobs, mask = half_policy.logprobs(half_policy, model, inputs, owners, sequences, 1.0)
+    logprobs.mean().backward()
+    exact, _ = policy.logprobs(policy, model, inputs, owners, sequences, 1.0)
+    assert logprobs.dtype == torch.float32
+    assert mask.all()
+    assert torch.allclose(logprobs, exact, atol=0.05)
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, then", [("False", "True"), ("True", "False")])
+def test_a_run_goes_on_fast_after_plain_and_plain_after_fast(
+        runs: Path, monkeypatch: Patch, first: str, then: str) -> None:
+    flags = ["--steps", "4", "--save-every", "2", "--eval-every", "0", "--lr", "1e-3"]
+    assert run(runs, "whole", *flags, "--plain", first) == 0
+    real = dyme.take_step
+
+    def killed(trainer: dyme.Trainer, step: int, *rest: Any) -> dyme.Step:
+        if step == 3:
+            raise SystemError
+        return real(trainer, step, *rest)
+
+    monkeypatch.setattr(dyme, "take_step", killed)
+    with pytest.raises(SystemError):
+        run(runs, "other", *flags, "--plain", first)
+    monkeypatch.setattr(dyme, "take_step", real)
+    assert run(runs, "other", "--resume", "--plain", then) == 0
+    near(runs / "other", runs / "whole")
+
+
+# ---- Models that it does not know ----------------------------------------------------------------
+
+WINDOWS = {"sliding_window": 4}
+LONG = {"sliding_window": 12}  # longer than the trial, shorter than prompt and response
+
+
+@pytest.mark.parametrize("kind, settings, known", [
+    ("llama", {}, True), ("qwen3", {}, True), ("mistral", {"sliding_window": None}, True),
+    ("granite", {"attention_multiplier": 0.1}, True), ("mistral", WINDOWS, False),
+    ("mistral", LONG, False), ("qwen2", LONG | {"use_sliding_window": True, "max_window_layers": 0},
+                               False), ("gemma3_text", LONG, False), ("gpt_oss", LONG, False)])
+def test_models_are_sped_up_or_go_on_as_they_are(
+        kind: str, settings: dict[str, Any], known: bool, capsys: Capture) -> None:
+    model = text_model(kind, **settings)
+    policy = bare_policy(model)
+    faster = fast.speed_up(policy)
+    said = capsys.readouterr()
+    lines = (said.err + said.out).splitlines()
+    assert (faster is not policy) == known
+    assert [line.partition(": ")[0] for line in lines] == ["going on as with --plain"] * (not known)
+    ids = torch.randint(10, 60, (1, 16), generator=torch.Generator().manual_seed(1))
+    rows = {"input_ids": ids[:, :10], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    response = Sequence(0, ids[0, 10:].tolist(), 1.0, True)
+    ours, _ = faster.logprobs(faster, model, rows, [0], [response], 1.0)
+    expected = model(ids).logits[:, 9:-1].log_softmax(-1).gather(2, ids[:, 10:, None]).squeeze(2)
+    assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_a_model_is_sped_up_once(tiny: Policy) -> None:
+    policy = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model))
+    hooks = policy.model.base_model._forward_pre_hooks
+    assert fast.speed_up(policy).rollout is fast.rollout
+    assert len(hooks) == 1
+    assert fast.speed_up(policy).rollout is fast.rollout
+    assert len(hooks) == 1
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouped_attention_is_transformers_own(family: str, dtype: torch.dtype | None) -> None:
+    exact, results = torch.float64 if dtype is None else torch.float32, []
+    inputs = pad_batch(make_prompts(family, exact))
+    for grouped in (True, False):
+        model = tiny_family(family, exact)
+        if grouped:
+            fast.use_grouped_attention(model)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            hidden = model.base_model(**inputs).last_hidden_state[inputs["attention_mask"] == 1]
+        weights = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+        (hidden.float() * weights).sum().backward()
+        gradient = torch.cat([g.flatten() for g in gradients(model).values()])
+        results.append((hidden.detach().float(), gradient))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < (1e-6 if dtype is None else 0.02) * theirs.norm()
+
+
+HEADS = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2)
+
+
+def test_grouped_attention_by_hand() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 3)
+    visible = torch.rand(2, 1, 5, 7) < 0.5
+    visible[..., 0] = True
+    keys, values = (x.repeat_interleave(3, dim=1) for x in (key, value))  # each serves three heads
+    scores = (0.3 * query @ keys.mT).masked_fill(~visible, -torch.inf)  # (B, H, Q, S)
+    expected = scores.softmax(-1) @ values
+    mask = fast.additive_mask(visible, HEADS)
+    out, _ = fast.grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)  # (B, Q, H, D)
+
+
+def test_an_additive_mask_has_a_row_for_each_head_of_a_group_and_aligned_rows() -> None:
+    visible = torch.tensor([[True, False, True], [True, True, False]])[None, None]  # (1, 1, 2, 3)
+    mask = fast.additive_mask(visible, HEADS)
+    assert mask.shape == (1, 1, 6, 3)  # H/G = 3 times both rows
+    assert mask.stride(2) == 8
+    assert torch.equal(mask[0, 0] == 0, visible[0, 0].repeat(3, 1))
+    assert mask.min() == torch.finfo(torch.float32).min
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def encode_twice(model: torch.nn.Module, batch: Inputs) -> tuple[int, dict[str, Tensor]]:
+    """Sample from a batch, then score: passes of the vision tower, and gradients."""
+    policy, passes, handles = bare_policy(model), [], []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            handles.append(module.register_forward_hook(lambda *_: passes.append(1)))
+    dyme.rollout(policy, [batch], torch.rand(3, 2), 1, 1.0)
+    sequences = [Sequence(i, [20, 21], 1.0, True) for i in range(3)]
+    logprobs, _ = dyme.sequence_logprobs(policy, model, batch, [0, 1, 2], sequences, 1.0)
+    logprobs.sum().backward()
+    for handle in handles:
+        handle.remove()
+    return len(passes), {"logprobs": logprobs.detach()} | gradients(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_are_encoded_once_and_change_no_gradient(family: str) -> None:
+    model, batch = tiny_family(family), pad_batch(make_prompts(family))
+    dyme.freeze_vision(model)
+    twice, expected = encode_twice(model, batch)
+    fast.encode_images_once(model)
+    once, ours = encode_twice(model, batch)
+    # Qwen's connector, which trains, is inside its tower.
+    assert (twice, once) == (2, 2 if family == "qwen2_5_vl" else 1)
+    assert_close(ours, expected, 0.0)
+    connector = [name for name in ours if any(part in name for part in CONNECTOR.split("|"))]
+    assert connector
+    assert all(ours[name].abs().sum() > 0 for name in connector)
+    other = batch | {"pixel_values": batch["pixel_values"] + 1}
+    _, changed = encode_twice(model, other)
+    assert not torch.allclose(changed["logprobs"], ours["logprobs"])  # other images are encoded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_that_trains_runs_every_time(family: str) -> None:
+    model, batch = tiny_family(family), pad_batch(make_prompts(family))
+    fast.encode_images_once(model)
+    passes, found = encode_twice(model, batch)
+    assert passes == 2
+    assert any("vision" in name or "visual" in name for name in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_an_image_is_kept_once_its_pixels_are_gone(family: str) -> None:
+    model, batch, outputs = tiny_family(family), pad_batch(make_prompts(family)), []
+    model.requires_grad_(False)
+    fast.encode_images_once(model)
+    for tower in dyme.vision_towers(model):
+        tower.register_forward_hook(
+            lambda *args: outputs.append(weakref.ref(args[-1].last_hidden_state)))
+    policy = bare_policy(model)
+    for _ in range(2):
+        dyme.rollout(policy, [batch], torch.rand(3, 2), 1, 1.0)
+    assert len(outputs) == 2
+    assert outputs[0]() is outputs[1]() is not None
+    del batch
+    assert outputs[0]() is None
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class FailingGraph:
+    """A recording that fails when it ends, as it does after an error in the step."""
+
+    def capture_begin(self, **_: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("cudaErrorStreamCaptureUnsupported: in aten::item"),
+    torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_failed_capture_says_its_first_cause_and_decoding_goes_on(
+        error: Exception, monkeypatch: Patch, capsys: Capture) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"current_device": lambda: 0, "current_stream": lambda: stream,
+             "graph_pool_handle": object, "stream": lambda s: contextlib.nullcontext(),
+             "Stream": lambda device: stream, "CUDAGraph": FailingGraph}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    fast.recorder.cache_clear()
+    model, tries = torch.nn.Module(), []
+
+    def step() -> None:
+        tries.append(1)
+        raise error
+
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            fast.capture(model, step)
+        assert not hasattr(model, "uncapturable")  # memory may be there the next time
+        return
+    assert fast.capture(model, step) is step
+    assert fast.capture(model, step) is step
+    assert len(tries) == 1  # not tried again
+    said = "".join(capsys.readouterr())
+    assert "cudaErrorStreamCaptureUnsupported" in said
+    assert "previous error" not in said
+
+
+# ---- oneDNN --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_onednn(tiny: Policy) -> torch.nn.Module:
+    model = copy.deepcopy(tiny.model)
+    fast.use_onednn(model, least=0)
+    if not any(isinstance(module, fast.Linear) for module in model.modules()):
+        pytest.skip("for x86 processors")
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_by_onednn_is_a_linear_layer(
+        bias: bool, by_onednn: torch.nn.Module, monkeypatch: Patch) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40, bias=bias)
+    ours, calls, product = copy.deepcopy(plain), [], fast.product
+    ours.__class__ = fast.Linear
+    monkeypatch.setattr(fast, "product", lambda a, b: calls.append(1) or product(a, b))
+    for shape in ((24,), (7, 24), (2, 7, 24), (2, 3, 7, 24), (0, 24)):
+        x = torch.randn(*shape).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        a, b = plain(x), ours(y)
+        a.square().sum().backward()
+        b.square().sum().backward()
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, atol=1e-6)
+        assert torch.allclose(x.grad, y.grad, atol=1e-5)
+    assert len(calls) == 3 * 4  # forward and both gradients; nothing is multiplied by nothing
+    assert_close(gradients(plain), gradients(ours), 1e-4)
+
+
+def test_onednn_leaves_frozen_weights_and_other_precisions_alone(
+        by_onednn: torch.nn.Module) -> None:
+    ours, x = copy.deepcopy(by_onednn.lm_head), torch.randn(3, 96, requires_grad=True)
+    assert type(ours) is fast.Linear
+    ours.weight.requires_grad_(False)
+    ours(x).sum().backward()
+    assert ours.weight.grad is None
+    assert torch.allclose(x.grad, ours.weight.sum(0).expand(3, -1), atol=1e-5)
+    expected = F.linear(x.double(), ours.weight.double())
+    assert torch.equal(ours.double()(x.double()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.float()(x).dtype == torch.bfloat16
+
+
+def test_a_model_by_onednn_has_the_same_loss_and_gradients(
+        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example]) -> None:
+    results = []
+    targets = [Sequence(i, dyme.target_ids(tiny, examples[i]), 0.5, False) for i in range(2)]
+    batches = [dyme.encode_prompts(tiny, examples[:2], room=48)]
+    for model in (copy.deepcopy(tiny.model), by_onednn, copy.deepcopy(by_onednn)):
+        results.append(summed(dataclasses.replace(tiny, model=model), batches, targets))
+    for loss, found in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        assert_close(found, results[0][1], 1e-4)
+
+
+def test_a_torch_without_onednn_works(monkeypatch: Patch, tiny: Policy) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # as on a Mac
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    module, model = runpy.run_path(fast.__file__), copy.deepcopy(tiny.model)
+    module["use_onednn"](model, least=0)
+    assert all(type(m).__module__ != "<run_path>" for m in model.modules())
+
+
+def test_the_toy_does_not_multiply_by_onednn() -> None:
+    policy = fast.speed_up(dyme.load_policy("tiny", CPU))
+    assert not any(isinstance(module, fast.Linear) for module in policy.model.modules())
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def cuda_policy() -> Policy:
+    """The toy's random model on a GPU, with responses of full length."""
+    policy = new_policy(0)
+    device = torch.device("cuda")
+    policy = dyme.make_policy(policy.model.to(device), policy.processor, device)
+    return dataclasses.replace(fast.speed_up(policy), end_ids=[])
+
+
+@on_gpu
+def test_a_cuda_graph_samples_what_plain_steps_do(
+        examples: list[Example], monkeypatch: Patch) -> None:
+    policy, results, captured, capture = cuda_policy(), [], [], fast.capture
+    inputs, uniforms = dyme.encode_prompts(policy, examples[:3], 24), torch.rand(12, 24)
+    for replaced in (lambda *args: captured.append(capture(*args)) or captured[-1],
+                     lambda _, step: step):
+        monkeypatch.setattr(fast, "capture", replaced)
+        for _ in range(2):
+            responses = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+        results.append(torch.tensor([y.ids for y in responses]))
+    # They were graphs, in both rollouts.
+    assert [step.__name__ for step in captured] == ["replay", "replay"]
+    assert (results[0] == results[1]).float().mean() > 0.95
+
+
+@on_gpu
+@pytest.mark.parametrize("length", [64, 192, 320])  # where cuDNN's backward gave NaN: L % 128 == 64
+def test_cuda_attention_with_a_mask_and_very_negative_scores_has_finite_gradients(
+        length: int) -> None:
+    dyme.parallel.select_device("cuda")
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, length, 64, device="cuda", dtype=torch.bfloat16)
+    k = (-20 * q + torch.randn_like(q)).requires_grad_()  # a logsumexp far below -88.7
+    q.requires_grad_()
+    visible = torch.ones(1, 1, length, length, dtype=torch.bool, device="cuda").tril()
+    heads = SimpleNamespace(num_attention_heads=4, num_key_value_heads=4)
+    mask = fast.additive_mask(visible, heads, q.dtype)
+    F.scaled_dot_product_attention(q, k, torch.ones_like(q), attn_mask=mask).sum().backward()
+    assert q.grad.isfinite().all()
+    assert k.grad.isfinite().all()
+
+
+@on_gpu
+def test_packed_sequences_use_a_fast_attention_kernel_and_train_on_a_gpu(
+        examples: list[Example]) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    cfg = dyme.Config(lr=1e-3, generations=4, max_new_tokens=24)
+    trainer = dyme.make_trainer(cfg, cuda_policy())
+    marks = torch.tensor(CORRECT, dtype=torch.float32)
+    trainer.judge = lambda *_: (marks, torch.zeros_like(marks))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # or an error
+        metrics = dyme.train_step(trainer, examples[:4], 0, 1e-3).metrics
+    assert metrics["grad_norm"] > 0
+    assert metrics["skipped_steps"] == 0
