@@ -1042,6 +1042,14 @@ def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "checkpoint" / "model.safetensors")
 
 
+def near(a: Path, b: Path) -> None:
+    """Two runs have the same weights, up to rounding."""
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    for name in x:
+        assert torch.allclose(x[name], y[name], rtol=0, atol=5e-5), name
+
+
 def same_weights(a: Path, b: Path) -> bool:
     x, y = weights(a), weights(b)
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
@@ -1194,95 +1202,6 @@ def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> N
     assert len(run_folders.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
     assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
     assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"
-
-
-# ---- Several processes ---------------------------------------------------------------------------
-
-DRIVER = """
-import dataclasses, os, sys
-import dyme
-from support import UserError, toy
-toy.SPLITS = {"train": (0, 16), "val": (16, 7), "test": (24, 8)}
-verify, policy_loss, calls = dyme.verify, dyme.policy_loss, []
-
-def mixed(text, example, finished):  # so that some prompts explore and others memorize
-    right = (len(text) + len(example.question)) % 4 == 0
-    return dataclasses.replace(verify(text, example, finished), correct=right)
-
-def breaking(*args):
-    calls.append(1)
-    if len(calls) == 5 and os.environ.get("RANK") == "1" and "breaks" in sys.argv:
-        raise UserError("row 7: is broken")
-    return policy_loss(*args)
-
-dyme.verify, dyme.policy_loss = mixed, breaking
-flags = "--steps 3 --prompts 5 --micro-batch 2 --generations 4 --max-new-tokens 12 --eval-every 2"
-sys.argv[1:] = [*flags.split(), *sys.argv[1:]] if "--resume" not in sys.argv else sys.argv[1:]
-sys.exit(dyme.main())
-"""
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def start(runs: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the driver in one process, or in two by torchrun; the finished process."""
-    (runs / "driver.py").write_text(DRIVER)
-    launch = TORCHRUN if processes == 2 else []
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launch, "driver.py", *flags], cwd=runs, check=False,
-                          env=environment, text=True, capture_output=True, timeout=120)
-
-
-def near(a: Path, b: Path) -> None:
-    x, y = weights(a), weights(b)
-    assert x.keys() == y.keys()
-    for name in x:
-        assert torch.allclose(x[name], y[name], rtol=0, atol=5e-5), name
-
-
-@slow
-@pytest.mark.parametrize("mode", ["dyme", "sft"])
-def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
-    for name, processes in (("one", 1), ("two", 2)):
-        done = start(tmp_path, processes, "--out", name, "--mode", mode)
-        assert done.returncode == 0, done.stderr
-    one, two = (without_times(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == 3
-    if mode == "dyme":
-        assert 0 < np.mean([row["memorized"] for row in one]) < 1
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == (pytest.approx(a[key], rel=1e-4) if type(a[key]) is float else a[key])
-    near(tmp_path / "one", tmp_path / "two")
-    held_out = [(tmp_path / name / "held-out-3.jsonl").read_text() for name in ("one", "two")]
-    assert held_out[0] == held_out[1]
-    assert held_out[0].count("\n") == 7  # every row once, in order
-
-
-@slow
-def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
-    program = [str(HERE / "eval.py"), "tiny", "--limit", "7", "--samples", "2", "--device", "cpu"]
-    results = []
-    for name, launcher in (("one", []), ("two", TORCHRUN)):
-        command = [sys.executable, *launcher, *program, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("tiny") == 1  # one table
-        results.append((tmp_path / name / "predictions.jsonl").read_text())
-    assert results[0] == results[1]
-    assert results[0].count("\n") == 7
-
-
-@slow
-def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(
-        tmp_path: Path) -> None:
-    broken = start(tmp_path, 2, "--out", "breaks")
-    assert broken.returncode == 1
-    assert "error: row 7: is broken" in broken.stderr
-    assert 0 < len(run_folders.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) < 3
-    assert start(tmp_path, 1, "--out", "breaks", "--resume").returncode == 0
-    assert start(tmp_path, 1, "--out", "whole").returncode == 0
-    near(tmp_path / "breaks", tmp_path / "whole")
 
 
 # ---- Evaluation and bad input --------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""Several processes train and evaluate as one; devices; threads that prepare inputs."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dyme
+from support import UserError, parallel
+from support import runs as run_folders
+from test_dyme import HERE, Patch, near, without_times
+
+DRIVER = """
+import dataclasses, os, sys
+import dyme
+from support import UserError, toy
+toy.SPLITS = {"train": (0, 16), "val": (16, 7), "test": (24, 8)}
+verify, policy_loss, calls = dyme.verify, dyme.policy_loss, []
+
+def mixed(text, example, finished):  # so that some prompts explore and others memorize
+    right = (len(text) + len(example.question)) % 4 == 0
+    return dataclasses.replace(verify(text, example, finished), correct=right)
+
+def breaking(*args):
+    calls.append(1)
+    if len(calls) == 5 and os.environ.get("RANK") == "1" and "breaks" in sys.argv:
+        raise UserError("row 7: is broken")
+    return policy_loss(*args)
+
+dyme.verify, dyme.policy_loss = mixed, breaking
+flags = "--steps 3 --prompts 5 --micro-batch 2 --generations 4 --max-new-tokens 12 --eval-every 2"
+sys.argv[1:] = [*flags.split(), *sys.argv[1:]] if "--resume" not in sys.argv else sys.argv[1:]
+sys.exit(dyme.main())
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(runs: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the driver in one process, or in two by torchrun; the finished process."""
+    (runs / "driver.py").write_text(DRIVER)
+    launch = TORCHRUN if processes == 2 else []
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launch, "driver.py", *flags], cwd=runs, check=False,
+                          env=environment, text=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dyme", "sft"])
+def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        done = start(tmp_path, processes, "--out", name, "--mode", mode)
+        assert done.returncode == 0, done.stderr
+    one, two = (without_times(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == 3
+    if mode == "dyme":
+        assert 0 < np.mean([row["memorized"] for row in one]) < 1
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            close = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert b[key] == close, key
+    near(tmp_path / "one", tmp_path / "two")
+    held_out = [(tmp_path / name / "held-out-3.jsonl").read_text() for name in ("one", "two")]
+    assert held_out[0] == held_out[1]
+    assert held_out[0].count("\n") == 7  # every row once, in order
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    program = [str(HERE / "eval.py"), "tiny", "--limit", "7", "--samples", "2", "--device", "cpu"]
+    results = []
+    for name, launcher in (("one", []), ("two", TORCHRUN)):
+        command = [sys.executable, *launcher, *program, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("tiny") == 1  # one table
+        results.append((tmp_path / name / "predictions.jsonl").read_text())
+    assert results[0] == results[1]
+    assert results[0].count("\n") == 7
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(
+        tmp_path: Path) -> None:
+    broken = start(tmp_path, 2, "--out", "breaks")
+    assert broken.returncode == 1
+    assert "error: row 7: is broken" in broken.stderr
+    assert 0 < len(run_folders.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) < 3
+    assert start(tmp_path, 1, "--out", "breaks", "--resume").returncode == 0
+    assert start(tmp_path, 1, "--out", "whole").returncode == 0
+    near(tmp_path / "breaks", tmp_path / "whole")
+
+
+def test_a_number_of_processes_alone_does_not_mean_torchrun(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters do
+    with parallel.processes("cpu"):
+        assert parallel.count() == 1
+
+
+def test_fewer_prompts_than_processes_are_refused(monkeypatch: Patch) -> None:
+    parallel.check_share(1)
+    monkeypatch.setattr(parallel, "count", lambda: 3)
+    parallel.check_share(3)
+    with pytest.raises(UserError, match="--prompts 2: fewer than the 3 processes"):
+        parallel.check_share(2)
+
+
+def test_processes_share_prompts(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares += [*dyme.share(8)]
+        assert len(dyme.share(8)) in (2, 3)
+    assert shares == [*range(8)]
+
+
+def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        parallel.select_device("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert parallel.select_device("cuda:0") == torch.device("cuda:0")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: Patch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(parallel, "half_precision", lambda: torch.bfloat16)
+    mask = torch.ones(1, 4, 4, dtype=torch.int64)
+    inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4),
+              "pixel_attention_mask": mask}
+    assert parallel.for_device(inputs, torch.device("cpu")) is inputs
+    ready = parallel.for_device(inputs, torch.device("cuda"))
+    assert ready["pixel_values"].dtype == torch.bfloat16
+    assert ready["input_ids"].dtype == torch.int64
+    assert ready["pixel_attention_mask"].dtype == torch.bool
+    assert len(pinned) == 3
+
+
+def test_work_in_threads_comes_in_order_each_thread_with_its_own_processor(
+        monkeypatch: Patch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    processor, used, before, barrier = [], [], threading.active_count(), threading.Barrier(3)
+
+    def work(job: int, own: list[int]) -> int:
+        if job < 3:
+            barrier.wait(20)  # all three threads are at work
+        own.append(job)
+        used.append(id(own))
+        if job == 7:
+            raise UserError("job 7")
+        return job
+
+    stream = parallel.in_threads(work, processor, range(9), ahead=3)
+    assert [next(stream) for _ in range(7)] == [*range(7)]
+    with pytest.raises(UserError, match="job 7"):
+        next(stream)
+    assert len({*used}) == 3  # one core of the four is left for the step itself
+    assert processor == []
+    assert threading.active_count() == before
+
+
+def test_threads_end_with_their_reader() -> None:
+    before, done = threading.active_count(), []
+    stream = parallel.in_threads(lambda job, _: done.append(job), None, range(1000), ahead=2)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+    assert len(done) < 10
