@@ -4,20 +4,13 @@ On the CPU, offline. Where ../shared is present, with the real SmolVLM processor
 `python -m pytest -m "not slow"` leaves out what takes more than three seconds.
 """
 
-import ast
 import contextlib
 import copy
 import dataclasses
-import io
 import itertools
 import json
 import math
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -210,7 +203,8 @@ def test_factors_of_tokens_by_hand() -> None:
     chord = Sequence(0, [1, 2], 0.5, False, per_token=lambda row: row.exp() * (1 - row.exp()))
     factors = dyme.token_factors([chord, Sequence(1, [3, 4, 5], 0.5, False)], logprobs)
     assert torch.allclose(factors, torch.tensor([[0.25, 0.16, 0.0], [1, 1, 1]]))
-    loss = dyme.policy_loss(logprobs, mask, torch.full((2,), 0.5), torch.tensor([False] * 2), factors)
+    weights, explore = torch.full((2,), 0.5), torch.tensor([False, False])
+    loss = dyme.policy_loss(logprobs, mask, weights, explore, factors)
     first = (0.25 * math.log(0.5) + 0.16 * math.log(0.8)) / 2
     second = (math.log(0.25) + math.log(0.5) + math.log(0.1)) / 3
     assert loss.item() == pytest.approx(-0.5 * (first + second))
@@ -317,7 +311,7 @@ def plain_loss(model: torch.nn.Module, prompts: list[Inputs], sequences: list[Se
     loss = torch.zeros(())
     for s in sequences:
         logprobs = plain_logprobs(model, prompts[s.prompt], s, temperature)
-        # Eq. 7: -E[rho A], where the ratio rho is 1, and its gradient that of log p. Eq. 1: -E[log p].
+        # Eq. 7: -E[rho A]; the ratio rho is 1, its gradient that of log p. Eq. 1: -E[log p].
         ratio = torch.exp(logprobs - logprobs.detach())
         loss = loss - s.weight * (ratio if s.explore else logprobs).mean()
     return loss
@@ -373,7 +367,8 @@ def test_log_probs_are_those_of_one_forward_pass(family: str) -> None:
     prompts = [family_inputs(family, text, i) for i, text in enumerate(PROMPTS)]
     owners = [s.prompt for s in SEQUENCES]
     policy = bare_policy(model)
-    logprobs, mask = dyme.sequence_logprobs(policy, model, pad_batch(prompts), owners, SEQUENCES, 0.7)
+    inputs = pad_batch(prompts)
+    logprobs, mask = dyme.sequence_logprobs(policy, model, inputs, owners, SEQUENCES, 0.7)
     assert mask.sum(1).tolist() == [4, 2, 6, 1]
     assert not logprobs[mask == 0].any()
     for s, row in zip(SEQUENCES, logprobs.double(), strict=True):
@@ -411,11 +406,11 @@ def examples() -> list[Example]:
 
 
 def test_greedy_sampling_is_generate(tiny: Policy, examples: list[Example]) -> None:
-    inputs, pad, zeros = dyme.encode_prompts(tiny, examples[:6], 20), tiny.pad_id, torch.zeros(6, 20)
+    inputs, pad = dyme.encode_prompts(tiny, examples[:6], 20), tiny.pad_id
 
     def greedy(ends: list[int]) -> dyme.Samples:
         prefix = dyme.encode_prefix(tiny.model, inputs)
-        return dyme.sample(tiny.model, prefix, zeros, ends, pad, temperature=0.0)
+        return dyme.sample(tiny.model, prefix, torch.zeros(6, 20), ends, pad, temperature=0.0)
 
     # More end tokens, so that responses end, at all lengths.
     ends = [*tiny.end_ids, *greedy(tiny.end_ids).ids[[0, 1], [4, 9]].tolist()]
@@ -572,7 +567,7 @@ def judged_as(r_a: list[list[int]], r_t: list[list[float]] | None = None) -> Cal
 def make_trainer(policy: Policy, correct: list[list[int]] | None = None,
                  **settings: Any) -> Trainer:
     """A trainer of a copy of the model, plain; `correct` says which responses are right, with r_t 0."""
-    defaults = {"lr": 1e-3, "prompts": 4, "generations": 4, "max_new_tokens": 40, "plain": True}
+    defaults = {"lr": 1e-3, "prompts": 4, "generations": 4, "max_new_tokens": 20, "plain": True}
     policy = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
     trainer = dyme.make_trainer(Config(**(defaults | settings)), policy)
     if correct:
@@ -696,7 +691,7 @@ def test_a_step_of_sft_imitates_every_prompt(
     assert done.metrics["target_length"] == np.mean([len(s.ids) for s in done.sequences])
     assert "reward" not in done.metrics
     prompts = [dyme.encode_prompts(trainer.policy, [example], 40) for example in examples[:3]]
-    targets = [Sequence(i, dyme.target_ids(tiny, e), 1 / 3, False) for i, e in enumerate(examples[:3])]
+    targets = [Sequence(i, dyme.target_ids(tiny, examples[i]), 1 / 3, False) for i in range(3)]
     plain_loss(trainer.policy.model, prompts, targets, 1.0).backward()
     expected = {name: g for name, g in gradients(trainer.policy.model).items() if name in ours}
     assert_close(ours, expected, 1e-5)
@@ -728,7 +723,8 @@ def test_the_kl_penalty_by_hand(tiny: Policy, examples: list[Example]) -> None:
     torch.nn.init.normal_(trainer.reference.lm_head.weight, std=0.1)
     policy, inputs = trainer.policy, dyme.encode_prompts(trainer.policy, examples[:2], 40)
     # beta / (K P), with K = 4 and P = 2
-    sequences = [Sequence(0, [20, 21, 22], 0.0, True, 0.5 / 8), Sequence(1, [23, 24], 0.0, True, 0.5 / 8)]
+    sequences = [Sequence(0, [20, 21, 22], 0.0, True, 0.5 / 8),
+                 Sequence(1, [23, 24], 0.0, True, 0.5 / 8)]
     ours, mask = dyme.sequence_logprobs(policy, policy.model, inputs, [0, 1], sequences, 1.0)
     frozen, _ = dyme.sequence_logprobs(policy, trainer.reference, inputs, [0, 1], sequences, 1.0)
     k3 = dyme.kl_estimate(ours, frozen)
@@ -818,110 +814,6 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family: str) ->
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert not changed & frozen
     assert any(re.search(CONNECTOR, name) for name in changed)
-
-
-# ---- Another switch, other weights: handed over ----------------------------------------------------
-
-
-def test_another_switch_is_handed_over(
-        tiny: Policy, examples: list[Example], no_update: None) -> None:
-    """HPT's, say: explore only where more than so many are right."""
-    trainer = make_trainer(tiny, [[1, 1, 0, 0], [1, 1, 1, 0]])
-    trainer.switch = lambda r_a, r_t: (r_a == 1).sum(1) > 2
-    done = dyme.train_step(trainer, examples[:2], 0, 1e-3)
-    assert done.explore.tolist() == [False, True]
-    assert [(s.prompt, s.explore) for s in done.sequences] == [(0, False), *[(1, True)] * 4]
-
-
-def test_a_reference_joins_the_group(
-        tiny: Policy, examples: list[Example], no_update: None, readable: None) -> None:
-    """As in LUFFY: the target is response K + 1 of its group, with reward 1."""
-    trainer = make_trainer(tiny, [[0, 1, 1, 0], [1, 0, 0, 0]])
-
-    def weigh(done: Step) -> list[Sequence]:
-        sequences = []
-        advantages = dyme.group_advantages(F.pad(done.rewards, (0, 1), value=1.0))
-        for i, example in enumerate(done.examples):
-            ids = [y.ids for y in done.responses[i]] + [dyme.target_ids(tiny, example)]
-            for row, a in zip(ids, advantages[i].tolist(), strict=True):
-                sequences.append(Sequence(i, row, a / (5 * 2), True))
-        return sequences
-
-    trainer.weigh = weigh
-    done = dyme.train_step(trainer, examples[:2], 0, 1e-3)
-    # Rewards 0 1 1 0 1: mean 0.6, deviation 0.4899; and 1 0 0 0 1: mean 0.4, the same deviation.
-    low, high = -0.6 / 0.4899, 0.4 / 0.4899
-    expected = [low, high, high, low, high, -low, -high, -high, -high, -low]
-    assert [10 * s.weight for s in done.sequences] == pytest.approx(expected, rel=1e-3)
-    ours = gradients(trainer.policy.model)
-    prompts = [dyme.encode_prompts(tiny, [example], 40) for example in examples[:2]]
-    plain_loss(trainer.policy.model, prompts, done.sequences, 1.0).backward()
-    theirs = {name: g for name, g in gradients(trainer.policy.model).items() if name in ours}
-    assert_close(ours, theirs, 1e-5)
-
-
-def test_targets_may_be_weighted_by_what_the_policy_thinks_of_them(
-        tiny: Policy, examples: list[Example], no_update: None) -> None:
-    """As in CHORD: each token of a target by p (1 - p)."""
-    trainer = make_trainer(tiny, [[0] * 4] * 2, micro_batch=1)
-
-    def weigh(done: Step) -> list[Sequence]:
-        doubt = lambda logp: logp.exp() * (1 - logp.exp())  # noqa: E731
-        return [dataclasses.replace(s, per_token=doubt) for s in done.sequences]
-
-    trainer.weigh = weigh
-    done, expected = dyme.train_step(trainer, examples[:2], 0, 1e-3), 0.0
-    for s in done.sequences:
-        prompt = dyme.encode_prompts(tiny, [examples[s.prompt]], 40)
-        logprobs = plain_logprobs(trainer.policy.model, prompt, s, 1.0)
-        expected -= 0.5 * (logprobs * logprobs.exp() * (1 - logprobs.exp())).mean().item()
-    assert done.metrics["loss"] == pytest.approx(expected, rel=1e-4)
-
-
-PROBE = """
-import json, sys
-import dyme
-policy, found = dyme.load_policy("tiny", dyme.torch.device("cpu")), []
-for flags in ("--plain", "--plain --switch anneal", "", sys.argv[1]):
-    dyme.make_trainer(dyme.parse_config(["--device", "cpu", *flags.split()]), policy)
-    found.append([module.__file__ for module in sys.modules.values() if getattr(
-        module, "__file__", None)])
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[set[str]]:
-    """Files of ours that a process has loaded after trainers plain, with a switch, fast, helped."""
-    out = tmp_path_factory.mktemp("run") / "x"
-    helper = f"--helper-url http://localhost:1/v1 --helper-model m --out {out}"
-    done = subprocess.run([sys.executable, "-c", PROBE, helper], cwd=HERE, capture_output=True,
-                          text=True, check=True)
-    stages = []
-    for files in json.loads(done.stdout.splitlines()[-1]):
-        ours = [Path(file) for file in files if Path(file).is_relative_to(HERE)]
-        stages.append({str(file.relative_to(HERE)) for file in ours})
-    return stages
-
-
-def test_extras_are_loaded_where_their_flag_is_read(loaded: list[set[str]]) -> None:
-    plain, switched, fast, helped = loaded
-    assert len(plain) <= 10, sorted(plain)
-    assert switched - plain == {"support/ablations.py"}
-    assert fast - switched == {"support/fast.py"}
-    assert "support/full_dyme.py" in helped - fast
-
-
-def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
-    """No file that dyme.py loads imports it, at its top or in a function."""
-    for file in loaded[0] - {"dyme.py"}:
-        for node in ast.walk(ast.parse((HERE / file).read_text())):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node.body = []  # `ast.walk` comes to its parts later
-            if isinstance(node, ast.Import):
-                assert "dyme" not in [alias.name for alias in node.names], file
-            if isinstance(node, ast.ImportFrom):
-                assert node.module != "dyme", file
 
 
 # ---- Stages and rows -----------------------------------------------------------------------------
@@ -1055,113 +947,6 @@ def same_weights(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
-@pytest.mark.parametrize("mode, plain", [("dyme", "False"), ("two-stage", "False"), ("dyme", "True")])
-def test_a_killed_run_resumes_bit_exactly(
-        runs: Path, monkeypatch: Patch, mode: str, plain: str) -> None:
-    flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2",
-             "--eval-every", "2", "--plain", plain]
-    assert run(runs, "whole", *flags) == 0
-    real = dyme.train_step
-
-    def killed(trainer: Trainer, examples: list[Example], step: int, *rest: Any) -> Step:
-        if step == 5:
-            raise SystemError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
-        return real(trainer, examples, step, *rest)
-
-    monkeypatch.setattr(dyme, "train_step", killed)
-    with pytest.raises(SystemError):
-        run(runs, "killed", *flags)
-    with (runs / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # and a line cut short
-    monkeypatch.setattr(dyme, "train_step", real)
-    assert run(runs, "killed", "--resume") == 0
-    assert same_weights(runs / "whole", runs / "killed")
-    for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
-        assert without_times(runs / "whole" / file) == without_times(runs / "killed" / file)
-    steps = [row["step"] for row in run_folders.read_jsonl(runs / "killed" / "metrics.jsonl")]
-    assert steps == [*range(6)]
-    assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
-
-
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
-        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    flags = ["--steps", "4", "--eval-every", "0", "--save-every", "0"]
-    assert run(runs, "whole", *flags) == 0
-    real = dyme.train_step
-
-    def interrupted(trainer: Trainer, examples: list[Example], step: int, *rest: Any) -> Step:
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(trainer, examples, step, *rest)
-
-    monkeypatch.setattr(dyme, "train_step", interrupted)
-    assert run(runs, "stopped", *flags) == 130
-    assert f"--resume --out {runs / 'stopped'}" in capsys.readouterr().out
-    assert len(run_folders.read_jsonl(runs / "stopped" / "metrics.jsonl")) == 2
-    monkeypatch.setattr(dyme, "train_step", real)
-    assert run(runs, "stopped", "--resume") == 0
-    assert same_weights(runs / "whole", runs / "stopped")
-
-
-def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(
-        monkeypatch: Patch) -> None:
-    def leave(code: int) -> None:
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)  # which waits for no thread
-    with run_folders.finish_step_on_interrupt() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes it on
-        assert received == [signal.SIGINT, signal.SIGTERM]
-        with pytest.raises(SystemExit, match="130"):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-
-
-def out_of_memory_once(monkeypatch: Patch, call: int) -> None:
-    """Let the loss run out of memory in its `call`th call."""
-    calls, real = itertools.count(1), dyme.policy_loss
-
-    def failing(*args: Any) -> Tensor:
-        if next(calls) == call:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args)
-
-    monkeypatch.setattr(dyme, "policy_loss", failing)
-
-
-def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
-        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    flags = ["--steps", "2", "--prompts", "4", "--eval-every", "0"]
-    assert run(runs, "small", *flags, "--micro-batch", "1") == 0
-    # Of the two halves of the first step one is done: its gradient must not be counted twice.
-    out_of_memory_once(monkeypatch, call=2)
-    assert run(runs, "halved", *flags, "--micro-batch", "2") == 0
-    assert "out of memory: going on with --micro-batch 1" in capsys.readouterr().err
-    assert same_weights(runs / "small", runs / "halved")
-    names = ("metrics.jsonl", "samples.jsonl")
-    for name in names:
-        assert without_times(runs / "small" / name) == without_times(runs / "halved" / name)
-
-
-def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
-        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    out_of_memory_once(monkeypatch, call=4)
-    flags = ["--steps", "3", "--eval-every", "0", "--save-every", "0", "--micro-batch", "1"]
-    assert run(runs, "a", *flags) == 2
-    assert "--micro-batch" in capsys.readouterr().err
-    assert len(run_folders.read_jsonl(runs / "a" / "metrics.jsonl")) == 1
-    assert run(runs, "a", "--resume") == 0
-    monkeypatch.undo()
-
-
-def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs: Path) -> None:
-    assert run(runs, "a", "--steps", "2") == 0
-    (runs / "a" / "checkpoint").rename(runs / "a" / "checkpoint.old")
-    assert run(runs, "a", "--resume") == 0
-    assert (runs / "a" / "checkpoint" / "training_state.pt").exists()
-
-
 WRITTEN = {"loss", "reward", "reward_thinking", "reward_format", "accuracy", "truncated",
            "memorized", "no_variance", "none_correct", "entropy", "grad_norm", "lr", "tokens",
            "target_length", "response_length", "seconds_sampling", "seconds_scoring",
@@ -1186,25 +971,7 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     assert dyme.load_policy(str(runs / "a"), CPU).end_ids
 
 
-def evaluate(*arguments: str) -> int:
-    """Run eval.py in this process; its exit code."""
-    return run_folders.run_main(lambda: evaluation.main([*arguments]))
-
-
-@slow
-def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> None:
-    for seed in ("0", "1"):
-        assert run(runs, f"s{seed}", "--steps", "3", "--seed", seed) == 0
-    assert evaluate("--model", str(runs / "s0"), str(runs / "s1"), "--samples", "2") == 0
-    table = capsys.readouterr().out
-    for words in ("2 seeds: mean", "pass@2", "valid_thinking", "accuracy_sum"):
-        assert words in table
-    assert len(run_folders.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
-    assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
-    assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"
-
-
-# ---- Evaluation and bad input --------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 
 def test_vote_by_hand() -> None:
@@ -1221,113 +988,19 @@ def test_vote_by_hand() -> None:
         assert evaluation.vote([group]) == {"pass@3": 1.0, "majority@3": 1.0}
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--bogus", "--bogus"), ("--model SmolVLM-256M", "--model SmolVLM-256M: say with --data"),
-    ("--mode ppo", "invalid choice: 'ppo'"), ("--generations 1", "at least 2"),
-    ("--generations 9999999999", "tokens a step"), ("--data nowhere", "--data nowhere"),
-    ("--data missing.json --model BASE", "missing.json"),
-    ("--data chartqa --model SmolVLM-265M", "--model SmolVLM-265M: no such folder"),
-    ("--steps 0", "--steps 0"), ("--lr nan", "--lr nan"), ("--beta 0.1", "--beta"),
-    ("--hints x", "--hints"), ("--no-checker", "--helper-url"),
-    ("--helper-url localhost:1 --helper-model m", "must begin with http"),
-    ("--switch budget:7", "--prompts 8"), ("--resume", "is not a run folder"),
-    ("--device cuda:99", "--device cuda:99"), ("--prompts x", "--prompts"),
-    ("--mode two-stage --sft-steps 9 --steps 9", "--sft-steps 9"),
-    ("--model tiny --data chartqa", "--data chartqa"), ("--temperature 0", "--temperature"),
-    ("--model nowhere/nothing --data toy --steps 1", "--model nowhere/nothing"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(
-        runs: Path, flags: str, says: str, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
-    argv = ["--out", str(runs / "x"), *flags.replace("BASE", str(toy.BASE)).split()]
-    code = run_folders.run_main(lambda: dyme.train(dyme.parse_config(argv)))
-    error = capsys.readouterr().err.strip()
-    assert code == 2
-    assert error.startswith("error: ")
-    assert says in error
-    assert "\n" not in error
+def evaluate(*arguments: str) -> int:
+    """Run eval.py in this process; its exit code."""
+    return run_folders.run_main(lambda: evaluation.main([*arguments]))
 
 
-def test_an_existing_run_is_not_touched_unless_asked(runs: Path, capsys: Capture) -> None:
-    def refused(says: str, *flags: str) -> bool:
-        code = run(runs, "a", *flags)
-        return code == 2 and says in capsys.readouterr().err
-
-    assert run(runs, "a", "--steps", "1") == 0
-    before = (runs / "a" / "metrics.jsonl").read_text()
-    assert refused("--overwrite", "--steps", "1")
-    assert refused("leave out --overwrite", "--resume", "--overwrite")
-    assert refused("--lr 0.5", "--resume", "--lr", "0.5")
-    assert (runs / "a" / "metrics.jsonl").read_text() == before
-    assert run(runs, "a", "--steps", "2", "--overwrite") == 0
-    assert run(runs, "a", "--resume") == 0
-    (runs / "a" / "my-rows.jsonl").write_text("{}")
-    shutil.rmtree(runs / "a" / "checkpoint")  # nothing to go on from: nothing may be lost
-    metrics = (runs / "a" / "metrics.jsonl").read_text()
-    assert refused("has no checkpoint to go on from", "--resume")
-    assert (runs / "a" / "metrics.jsonl").read_text() == metrics
-    assert run(runs, "a", "--steps", "1", "--overwrite") == 0
-    assert (runs / "a" / "my-rows.jsonl").exists()
-
-
-def test_what_is_not_a_run_is_not_touched_at_all(runs: Path) -> None:
-    (runs / "mine").mkdir()
-    (runs / "mine" / "thesis.txt").write_text("years of work")
-    assert run(runs, "mine", "--overwrite") == 2
-    assert (runs / "mine" / "thesis.txt").exists()
-    shutil.copytree(toy.BASE, runs / "base")
-    base = (runs / "base" / "config.json").read_text()  # a model directory is not a run
-    assert run(runs, "base", "--overwrite") == 2
-    assert run(runs, "base", "--resume") == 2
-    assert (runs / "base" / "config.json").read_text() == base
-    (runs / "file").write_text("")
-    assert run(runs, "file") == 2
-
-
-def test_an_image_that_breaks_mid_run_costs_no_finished_step(
-        runs: Path, capsys: Capture) -> None:
-    rows = []
-    for i in range(12):
-        image = io.BytesIO()
-        toy.make_examples("train")[i].image().save(image, "PNG")
-        cut = -60 if i == 3 else None  # its header is fine
-        (runs / f"{i}.png").write_bytes(image.getvalue()[:cut])
-        rows.append({"question": f"Which is tallest? {i}", "answer": "red", "image": f"{i}.png"})
-    (runs / "rows.json").write_text(json.dumps(rows))
-    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.json"), "--steps", "8"]
-    assert run(runs, "a", *flags, "--micro-batch", "2") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "rows.json row 4: the image 3.png is missing or unreadable" in error
-    done = len(run_folders.read_jsonl(runs / "a" / "metrics.jsonl"))
-    state = torch.load(runs / "a" / "checkpoint" / "training_state.pt", weights_only=True)
-    assert state["step"] == done
-
-
-def test_running_out_of_memory_says_which_flags_lower_it(capsys: Capture) -> None:
-    def fail() -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    assert run_folders.run_main(fail) == 2
-    assert "--micro-batch" in capsys.readouterr().err
-
-
-def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Capture) -> None:
-    questions = [f"Which bar\u2028 is the tallest? {i}" for i in range(12)]
-    rows = [json.dumps({"question": q, "answer": "red"}, ensure_ascii=False) for q in questions]
-    (runs / "rows.jsonl").write_text("\n".join(rows))
-    flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.jsonl"), "--steps", "2"]
-    assert run(runs, "a", *flags) == 0
-    assert len(run_folders.read_jsonl(runs / "a" / "samples.jsonl")) == 2
-    assert run(runs, "a", "--resume") == 0
-    score = ["--model", str(runs / "a"), "--max-new-tokens", "8"]
-    assert evaluate(*score) == 0
-    # The held-back tenth, not the training rows; nor under another name.
-    assert len(run_folders.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
-    again = [*score, "--data", str(runs / "a" / ".." / "rows.jsonl")]
-    capsys.readouterr()
-    assert evaluate(*again) == 0
-    assert "tested on all" not in capsys.readouterr().err
-    assert len(run_folders.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
-    shutil.rmtree(runs / "a" / "checkpoint")
-    assert evaluate(*again) == 2
-    assert "has no checkpoint yet" in capsys.readouterr().err
+@slow
+def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> None:
+    for seed in ("0", "1"):
+        assert run(runs, f"s{seed}", "--steps", "3", "--seed", seed) == 0
+    assert evaluate("--model", str(runs / "s0"), str(runs / "s1"), "--samples", "2") == 0
+    table = capsys.readouterr().out
+    for words in ("2 seeds: mean", "pass@2", "valid_thinking", "accuracy_sum"):
+        assert words in table
+    assert len(run_folders.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
+    assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
+    assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from test_dyme import examples, no_update, runs, tiny  # noqa: F401
+from test_dyme import examples, no_update, readable, runs, tiny  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,17 +1,27 @@
-"""What DyME is compared with: the switches of Table 1b, and the release's deviations, by hand."""
+"""Other switches and weights, by hand: Table 1b, the release, and what one hands over oneself."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dyme
-from dyme import Policy
+from dyme import Policy, Sequence, Step
 from reward import Example
 from support import ablations
-from test_dyme import CORRECT, judged_as, make_trainer, plain_logprobs
+from test_dyme import (
+    CORRECT,
+    assert_close,
+    gradients,
+    judged_as,
+    make_trainer,
+    plain_logprobs,
+    plain_loss,
+)
 
 
 @pytest.mark.parametrize("rule, explore", [
@@ -60,7 +70,7 @@ def test_budget_explores_and_memorizes_failures_when_there_are_enough(
             assert done.examples == failed
             loss = 0.0
             for example in failed:
-                target = dyme.Sequence(0, dyme.target_ids(tiny, example), 1 / 2, False)
+                target = Sequence(0, dyme.target_ids(tiny, example), 1 / 2, False)
                 prompt = dyme.encode_prompts(tiny, [example], 40)
                 logprobs = plain_logprobs(trainer.policy.model, prompt, target, 1.0)
                 loss -= 0.5 * logprobs.mean().item()
@@ -106,3 +116,61 @@ def test_released_code_departs_as_documented(
     assert weights[0, True][0] == pytest.approx(advantage / 16, rel=1e-5)
     assert any(weights[2, True]) != released  # a group that is all right is dropped
     assert done.metrics["no_variance"] == 0
+
+
+# ---- Handed over ---------------------------------------------------------------------------------
+
+
+def test_another_switch_is_handed_over(
+        tiny: Policy, examples: list[Example], no_update: None) -> None:
+    """HPT's, say: explore only where more than so many are right."""
+    trainer = make_trainer(tiny, [[1, 1, 0, 0], [1, 1, 1, 0]])
+    trainer.switch = lambda r_a, r_t: (r_a == 1).sum(1) > 2
+    done = dyme.train_step(trainer, examples[:2], 0, 1e-3)
+    assert done.explore.tolist() == [False, True]
+    assert [(s.prompt, s.explore) for s in done.sequences] == [(0, False), *[(1, True)] * 4]
+
+
+def test_a_reference_joins_the_group(
+        tiny: Policy, examples: list[Example], no_update: None, readable: None) -> None:
+    """As in LUFFY: the target is response K + 1 of its group, with reward 1."""
+    trainer = make_trainer(tiny, [[0, 1, 1, 0], [1, 0, 0, 0]])
+
+    def weigh(done: Step) -> list[Sequence]:
+        sequences = []
+        advantages = dyme.group_advantages(F.pad(done.rewards, (0, 1), value=1.0))
+        for i, example in enumerate(done.examples):
+            ids = [y.ids for y in done.responses[i]] + [dyme.target_ids(tiny, example)]
+            for row, a in zip(ids, advantages[i].tolist(), strict=True):
+                sequences.append(Sequence(i, row, a / (5 * 2), True))
+        return sequences
+
+    trainer.weigh = weigh
+    done = dyme.train_step(trainer, examples[:2], 0, 1e-3)
+    # Rewards 0 1 1 0 1: mean 0.6, deviation 0.4899; and 1 0 0 0 1: mean 0.4, the same deviation.
+    low, high = -0.6 / 0.4899, 0.4 / 0.4899
+    expected = [low, high, high, low, high, -low, -high, -high, -high, -low]
+    assert [10 * s.weight for s in done.sequences] == pytest.approx(expected, rel=1e-3)
+    ours = gradients(trainer.policy.model)
+    prompts = [dyme.encode_prompts(tiny, [example], 40) for example in examples[:2]]
+    plain_loss(trainer.policy.model, prompts, done.sequences, 1.0).backward()
+    theirs = {name: g for name, g in gradients(trainer.policy.model).items() if name in ours}
+    assert_close(ours, theirs, 1e-5)
+
+
+def test_targets_may_be_weighted_by_what_the_policy_thinks_of_them(
+        tiny: Policy, examples: list[Example], no_update: None) -> None:
+    """As in CHORD: each token of a target by p (1 - p)."""
+    trainer = make_trainer(tiny, [[0] * 4] * 2, micro_batch=1)
+
+    def weigh(done: Step) -> list[Sequence]:
+        doubt = lambda logp: logp.exp() * (1 - logp.exp())  # noqa: E731
+        return [replace(s, per_token=doubt) for s in done.sequences]
+
+    trainer.weigh = weigh
+    done, expected = dyme.train_step(trainer, examples[:2], 0, 1e-3), 0.0
+    for s in done.sequences:
+        prompt = dyme.encode_prompts(tiny, [examples[s.prompt]], 40)
+        logprobs = plain_logprobs(trainer.policy.model, prompt, s, 1.0)
+        expected -= 0.5 * (logprobs * logprobs.exp() * (1 - logprobs.exp())).mean().item()
+    assert done.metrics["loss"] == pytest.approx(expected, rel=1e-4)

@@ -1,10 +1,12 @@
-"""Tests of support/: data, domains, TensorBoard, and that the READMEs say what is."""
+"""Tests of support/: data, domains, TensorBoard, which file loads which, the READMEs."""
 
 import ast
 import dataclasses
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -121,6 +123,54 @@ def test_tensorboard_gets_every_number_or_says_what_is_missing(runs: Path, monke
     rows = files.read_jsonl(runs / "b" / "metrics.jsonl")
     assert ("metrics/loss", rows[1]["loss"], 1) in written and ("evaluations/accuracy", 0.0, 2) in written
     assert not any(name.endswith(("method", "step")) for name, *_ in written)
+
+
+# ---- What loads what ----------------------------------------------------------------------------
+
+PROBE = """
+import json, sys
+import dyme
+policy, found = dyme.load_policy("tiny", dyme.torch.device("cpu")), []
+for flags in ("--plain", "--plain --switch anneal", "", sys.argv[1]):
+    dyme.make_trainer(dyme.parse_config(["--device", "cpu", *flags.split()]), policy)
+    found.append([module.__file__ for module in sys.modules.values() if getattr(
+        module, "__file__", None)])
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[set[str]]:
+    """Files of ours that a process has loaded after trainers plain, with a switch, fast, helped."""
+    out = tmp_path_factory.mktemp("run") / "x"
+    helper = f"--helper-url http://localhost:1/v1 --helper-model m --out {out}"
+    done = subprocess.run([sys.executable, "-c", PROBE, helper], cwd=HERE, capture_output=True,
+                          text=True, check=True)
+    stages = []
+    for paths in json.loads(done.stdout.splitlines()[-1]):
+        ours = [Path(path) for path in paths if Path(path).is_relative_to(HERE)]
+        stages.append({str(file.relative_to(HERE)) for file in ours})
+    return stages
+
+
+def test_extras_are_loaded_where_their_flag_is_read(loaded: list[set[str]]) -> None:
+    plain, switched, fast, helped = loaded
+    assert len(plain) <= 10, sorted(plain)
+    assert switched - plain == {"support/ablations.py"}
+    assert fast - switched == {"support/fast.py"}
+    assert "support/full_dyme.py" in helped - fast
+
+
+def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
+    """No file that dyme.py loads imports it, at its top or in a function."""
+    for file in loaded[0] - {"dyme.py"}:
+        for node in ast.walk(ast.parse((HERE / file).read_text())):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = []  # `ast.walk` comes to its parts later
+            if isinstance(node, ast.Import):
+                assert "dyme" not in [alias.name for alias in node.names], file
+            if isinstance(node, ast.ImportFrom):
+                assert node.module != "dyme", file
 
 
 # ---- The READMEs ---------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""A run that is killed, stopped, or out of memory: no finished step is lost, no result changes."""
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dyme
+from dyme import Step, Trainer
+from reward import Example
+from support import runs as run_folders
+from test_dyme import Capture, Patch, run, same_weights, without_times
+
+
+@pytest.mark.parametrize("mode", ["dyme", "two-stage"])
+def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: str) -> None:
+    flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2",
+             "--eval-every", "2"]
+    assert run(runs, "whole", *flags) == 0
+    real = dyme.train_step
+
+    def killed(trainer: Trainer, examples: list[Example], step: int, *rest: Any) -> Step:
+        if step == 5:
+            raise SystemError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
+        return real(trainer, examples, step, *rest)
+
+    monkeypatch.setattr(dyme, "train_step", killed)
+    with pytest.raises(SystemError):
+        run(runs, "killed", *flags)
+    with (runs / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # and a line cut short
+    monkeypatch.setattr(dyme, "train_step", real)
+    assert run(runs, "killed", "--resume") == 0
+    assert same_weights(runs / "whole", runs / "killed")
+    for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        assert without_times(runs / "whole" / file) == without_times(runs / "killed" / file)
+    steps = [row["step"] for row in run_folders.read_jsonl(runs / "killed" / "metrics.jsonl")]
+    assert steps == [*range(6)]
+    assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    flags = ["--steps", "4", "--eval-every", "0", "--save-every", "0"]
+    assert run(runs, "whole", *flags) == 0
+    real = dyme.train_step
+
+    def interrupted(trainer: Trainer, examples: list[Example], step: int, *rest: Any) -> Step:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(trainer, examples, step, *rest)
+
+    monkeypatch.setattr(dyme, "train_step", interrupted)
+    assert run(runs, "stopped", *flags) == 130
+    assert f"--resume --out {runs / 'stopped'}" in capsys.readouterr().out
+    assert len(run_folders.read_jsonl(runs / "stopped" / "metrics.jsonl")) == 2
+    monkeypatch.setattr(dyme, "train_step", real)
+    assert run(runs, "stopped", "--resume") == 0
+    assert same_weights(runs / "whole", runs / "stopped")
+
+
+def test_ctrl_c_twice_ends_the_process_at_once_but_a_sigterm_after_it_does_not(
+        monkeypatch: Patch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)  # which waits for no thread
+    with run_folders.finish_step_on_interrupt() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes it on
+        assert received == [signal.SIGINT, signal.SIGTERM]
+        with pytest.raises(SystemExit, match="130"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def out_of_memory_once(monkeypatch: Patch, call: int) -> None:
+    """Let the loss run out of memory in its `call`th call."""
+    calls, real = itertools.count(1), dyme.policy_loss
+
+    def failing(*args: Any) -> Tensor:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(dyme, "policy_loss", failing)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    flags = ["--steps", "2", "--prompts", "4", "--eval-every", "0"]
+    assert run(runs, "small", *flags, "--micro-batch", "1") == 0
+    # Of the two halves of the first step one is done: its gradient must not be counted twice.
+    out_of_memory_once(monkeypatch, call=2)
+    assert run(runs, "halved", *flags, "--micro-batch", "2") == 0
+    assert "out of memory: going on with --micro-batch 1" in capsys.readouterr().out
+    assert same_weights(runs / "small", runs / "halved")
+    names = ("metrics.jsonl", "samples.jsonl")
+    for name in names:
+        assert without_times(runs / "small" / name) == without_times(runs / "halved" / name)
+
+
+def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    out_of_memory_once(monkeypatch, call=4)
+    flags = ["--steps", "3", "--eval-every", "0", "--save-every", "0", "--micro-batch", "1"]
+    assert run(runs, "a", *flags) == 2
+    assert "--micro-batch" in capsys.readouterr().err
+    assert len(run_folders.read_jsonl(runs / "a" / "metrics.jsonl")) == 1
+    assert run(runs, "a", "--resume") == 0
+
+
+def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs: Path) -> None:
+    assert run(runs, "a", "--steps", "2") == 0
+    (runs / "a" / "checkpoint").rename(runs / "a" / "checkpoint.old")
+    assert run(runs, "a", "--resume") == 0
+    assert (runs / "a" / "checkpoint" / "training_state.pt").exists()
