@@ -566,7 +566,7 @@ def judged_as(r_a: list[list[int]], r_t: list[list[float]] | None = None) -> Cal
 
 def make_trainer(policy: Policy, correct: list[list[int]] | None = None,
                  **settings: Any) -> Trainer:
-    """A trainer of a copy of the model, plain; `correct` says which responses are right, with r_t 0."""
+    """A plain trainer of a copy of the model; `correct`: which responses are right, r_t being 0."""
     defaults = {"lr": 1e-3, "prompts": 4, "generations": 4, "max_new_tokens": 20, "plain": True}
     policy = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
     trainer = dyme.make_trainer(Config(**(defaults | settings)), policy)

@@ -1,4 +1,4 @@
-"""support/fast.py equals dyme.py: log-probs, gradients, samples, runs; four families, text alone."""
+"""support/fast.py equals dyme.py: log-probs, gradients, samples, runs; four families, text."""
 
 import contextlib
 import copy
@@ -261,6 +261,16 @@ def test_models_are_sped_up_or_go_on_as_they_are(
     ours, _ = faster.logprobs(faster, model, rows, [0], [response], 1.0)
     expected = model(ids).logits[:, 9:-1].log_softmax(-1).gather(2, ids[:, 10:, None]).squeeze(2)
     assert torch.allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("qwen2", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("cohere", {"logit_scale": 0.25}),
+    ("granite", {"logits_scaling": 8.0})])
+def test_logits_are_the_models_own(kind: str, settings: dict[str, Any]) -> None:
+    """Some families scale or cap them after the head."""
+    model, ids = text_model(kind, **settings), torch.arange(10, 20)[None]
+    hidden = model.base_model(ids).last_hidden_state[0]
+    assert torch.allclose(dyme.next_logits(model, hidden), model(ids).logits[0], atol=1e-5)
 
 
 def test_a_model_is_sped_up_once(tiny: Policy) -> None:
