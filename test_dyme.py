@@ -463,6 +463,8 @@ def test_draws_for_equal_prompts_differ_by_row_and_by_seed(
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
     assert all(row["name"] == examples[0].name for row in drawn[0])
+    greedy = [dyme.respond(tiny, examples[:2], 8, 2, seed=seed) for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
 
 
 # ---- Prompts and targets -------------------------------------------------------------------------

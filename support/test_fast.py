@@ -158,6 +158,16 @@ def test_samples_are_the_plain_ones(kind: str, temperature: float) -> None:
         assert len({len(y.ids) for y in ours}) > 3
 
 
+def test_sampling_ends_with_the_last_response() -> None:
+    inputs = pad_batch(make_prompts("llama"))
+    for policy in both("llama"):
+        policy, passes = dataclasses.replace(policy, end_ids=[*range(60)]), []
+        policy.model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        responses = policy.rollout(policy, [inputs], torch.rand(6, 30), 2, 1.0)
+        assert [len(y.ids) for y in responses] == [1] * 6
+        assert len(passes) == 1  # that of the prompt
+
+
 def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Example]) -> None:
     dones, weights = [], []
     for plain in (True, False):
@@ -245,21 +255,22 @@ LONG = {"sliding_window": 12}  # longer than the trial, shorter than prompt and 
     ("llama", {}, True), ("qwen3", {}, True), ("mistral", {"sliding_window": None}, True),
     ("granite", {"attention_multiplier": 0.1}, True), ("mistral", WINDOWS, False),
     ("mistral", LONG, False), ("qwen2", LONG | {"use_sliding_window": True, "max_window_layers": 0},
-                               False), ("gemma3_text", LONG, False), ("gpt_oss", LONG, False)])
+                               False), ("gemma3_text", LONG, False), ("gpt_oss", LONG, False),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 2}, False)])
 def test_models_are_sped_up_or_go_on_as_they_are(
         kind: str, settings: dict[str, Any], known: bool, capsys: Capture) -> None:
     model = text_model(kind, **settings)
+    ids = torch.randint(10, 60, (1, 16), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits[:, 9:-1].log_softmax(-1).gather(2, ids[:, 10:, None]).squeeze(2)
     policy = bare_policy(model)
     faster = fast.speed_up(policy)
     said = capsys.readouterr()
     lines = (said.err + said.out).splitlines()
     assert (faster is not policy) == known
     assert [line.partition(": ")[0] for line in lines] == ["going on as with --plain"] * (not known)
-    ids = torch.randint(10, 60, (1, 16), generator=torch.Generator().manual_seed(1))
     rows = {"input_ids": ids[:, :10], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
     response = Sequence(0, ids[0, 10:].tolist(), 1.0, True)
     ours, _ = faster.logprobs(faster, model, rows, [0], [response], 1.0)
-    expected = model(ids).logits[:, 9:-1].log_softmax(-1).gather(2, ids[:, 10:, None]).squeeze(2)
     assert torch.allclose(ours, expected, atol=1e-4)
 
 
@@ -363,6 +374,20 @@ def test_images_are_encoded_once_and_change_no_gradient(family: str) -> None:
     other = batch | {"pixel_values": batch["pixel_values"] + 1}
     _, changed = encode_twice(model, other)
     assert not torch.allclose(changed["logprobs"], ours["logprobs"])  # other images are encoded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_comes_after_the_tower_is_not_kept(family: str) -> None:
+    """Or the graph of the connector would stay in memory with the pixels."""
+    model, batch, made = tiny_family(family), pad_batch(make_prompts(family)), []
+    dyme.freeze_vision(model)
+    fast.encode_images_once(model)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("connector", "multi_modal_projector", "merger"):
+            module.register_forward_hook(lambda *args: made.append(weakref.ref(args[-1])))
+    encode_twice(model, batch)
+    assert len(made) == 2
+    assert [output() for output in made] == [None, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
