@@ -289,8 +289,9 @@ def render(processor: Any, prompt: str, has_image: bool, response: str | None = 
         return processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=response is None)
     except Exception as error:  # noqa: BLE001 - templates are programs, and raise many kinds
+        name = getattr(processor, "tokenizer", processor).name_or_path
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the model's chat template fails ({reason})") from None
+        raise UserError(f"{name}: its chat template fails ({reason})") from None
 
 
 def end_of_turn(processor: Any) -> int | None:
@@ -647,6 +648,7 @@ class Trainer:
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends with the run
     taken: int = 0  # steps taken; -1 while the weights change
     failures: int = 0  # steps in a row whose loss or gradient was not finite
+    evaluated: set[int] = field(default_factory=set)  # the steps of evaluations that are done
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
 
 
@@ -920,6 +922,16 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
     return [*itertools.chain(*parallel.gather(judged))]
 
 
+def evaluate_if_due(trainer: Trainer, held_out: list[Example], run: Path, step: int,
+                    board: Any) -> None:
+    """Evaluate at the start, at the end and every so many steps, if that is not done yet."""
+    cfg = trainer.cfg
+    due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
+    if due and step not in trainer.evaluated:
+        evaluate(trainer, held_out, run, step, board)
+        trainer.evaluated.add(step)
+
+
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
     """Answer held-out rows greedily, log it, and keep the best weights so far."""
     batch = 4 * trainer.cfg.micro_batch  # without gradients there is room for more
@@ -1121,8 +1133,10 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, examples, held_out)
     runs.print_start(cfg, device, len(trainer.rows), len(held_out), step)
+    trainer.evaluated = {row["step"] for row in files.read_jsonl(folder / "evaluations.jsonl")}
     board = runs.open_board(cfg.tensorboard, folder, step)
     with trainer.closing:
+        evaluate_if_due(trainer, held_out, folder, step, board)
         finished = train_loop(trainer, held_out, folder, step, board)
     if not finished:
         runs.print_stopped(folder)
@@ -1137,23 +1151,12 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                board: Any) -> bool:
     """Take the steps from `first` on, evaluate and save; False if interrupted."""
     cfg, step, saved, stop = trainer.cfg, first, first, False
+    stream = feed_prompts(trainer, range(first, cfg.steps))
     bar = runs.progress_bar(cfg.mode, first, cfg.steps)
-    evaluated = {row["step"] for row in files.read_jsonl(folder / "evaluations.jsonl")}
     trainer.taken = first
     with bar, runs.finish_step_on_interrupt() as interrupted:
         try:
-            stream = feed_prompts(trainer, range(first, cfg.steps))
-            while True:
-                # Evaluate before the save: a resumed run then repeats what is missing.
-                due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
-                if due and not stop and step not in evaluated:
-                    evaluate(trainer, held_out, folder, step, board)
-                    evaluated.add(step)
-                if step > saved and cfg.save_every and step % cfg.save_every == 0:
-                    save_checkpoint(folder, trainer, step)
-                    saved = step
-                if step == cfg.steps or stop:
-                    break
+            while step < cfg.steps and not stop:
                 try:
                     done = take_step(trainer, step, folder, stream)
                 except torch.OutOfMemoryError:
@@ -1166,6 +1169,12 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                 runs.log_step(folder, done.metrics, shown, board)
                 runs.advance(bar, f"{cfg.mode} {step}/{cfg.steps}", done.metrics)
                 stop = any(parallel.gather(bool(interrupted)))
+                # Evaluate before the save: a resumed run then repeats what is missing.
+                if not stop or step == cfg.steps:
+                    evaluate_if_due(trainer, held_out, folder, step, board)
+                if cfg.save_every and step % cfg.save_every == 0:
+                    save_checkpoint(folder, trainer, step)
+                    saved = step
         finally:  # however it ends, no finished step is lost
             stream.close()
             if trainer.taken > saved:

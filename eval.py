@@ -162,7 +162,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
         print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")
     for row in table:
         below = [f"{key} {shown(row[key])}" for key in row if key.startswith(OTHERS)]
-        if row.get("thinking_judged", 1) < 1:
+        if (row.get("thinking_judged") or 1.0) < 1:
             below.append(f"rules can judge the thinking of {shown(row['thinking_judged'])}")
         if below:
             name = f"{row['model']}: " if len(table) > 1 else ""

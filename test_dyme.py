@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ import eval as evaluation
 import reward
 from dyme import Config, Policy, Response, Sequence, Step, Trainer
 from reward import Example, verify
-from support import DivergedError, UserError, data, thinking, toy
+from support import DivergedError, UserError, data, files, thinking, toy
 from support import runs as run_folders
 from support.make_toy_base import new_policy
 
@@ -541,7 +540,7 @@ def test_a_missing_template_and_a_missing_package_are_one_line(
         raise ImportError("Processor requires the Torchvision library")
 
     monkeypatch.setattr(dyme, "load_pretrained", fail)
-    with pytest.raises(UserError, match=r"pip install -r requirements.txt torchvision\)$"):
+    with pytest.raises(UserError, match=r"pip install -r requirements.txt torchvision$"):
         dyme.load_policy("Qwen2.5-VL-3B", CPU)
 
 
@@ -928,7 +927,7 @@ def run(runs: Path, name: str, *flags: str) -> int:
 def without_times(path: Path) -> list[Row]:
     """The rows of a file, less what differs between runs of the same settings."""
     timed = ("seconds", "tokens_per_s", "peak")
-    rows = run_folders.read_jsonl(path)
+    rows = files.read_jsonl(path)
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
@@ -963,7 +962,7 @@ def test_a_run_folder_holds_what_it_says_and_evaluates(runs: Path, capsys: Captu
     assert all(len(line) <= 80 for line in lines)
     assert "before" in out
     assert f"python eval.py {runs / 'a'}" in out
-    metrics, samples = (run_folders.read_jsonl(runs / "a" / f"{name}.jsonl")
+    metrics, samples = (files.read_jsonl(runs / "a" / f"{name}.jsonl")
                         for name in ("metrics", "samples"))
     assert len(metrics) == len(samples) == 3
     assert metrics[0].keys() >= WRITTEN
@@ -1003,6 +1002,6 @@ def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> N
     table = capsys.readouterr().out
     for words in ("2 seeds: mean", "pass@2", "valid_thinking", "accuracy_sum"):
         assert words in table
-    assert len(run_folders.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
+    assert len(files.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
     assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
     assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"

@@ -19,7 +19,7 @@ import dyme
 import eval as evaluation
 from dyme import Config, Policy
 from reward import Example, reference_response, verify
-from support import UserError, chartqa, data, domains, models, thinking, toy
+from support import UserError, chartqa, data, domains, thinking, toy
 from support import runs as run_folders
 from test_dyme import CPU, SHARED, Capture, Patch, Row, run
 
@@ -866,7 +866,6 @@ def test_a_models_own_code_is_never_run_nor_asked_for(tmp_path: Path, monkeypatc
         "AutoConfig": "code.Mine", "AutoProcessor": "code.Mine"}}))
     write_rows(tmp_path / "processor_config.json", {"auto_map": {"AutoProcessor": "code.Mine"}})
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
-    assert models.loader_options(str(tmp_path))["trust_remote_code"] is False
     with pytest.raises(UserError, match="a model that brings its own code is not run here"):
         dyme.load_policy(str(tmp_path), CPU)
 

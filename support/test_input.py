@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dyme
+from support import files, toy
 from support import runs as run_folders
-from support import toy
 from test_dyme import Capture, Patch, evaluate, run
 
 
@@ -92,7 +92,7 @@ def test_an_image_that_breaks_mid_run_costs_no_finished_step(
     assert run(runs, "a", *flags, "--micro-batch", "2") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "rows.json row 4: the image 3.png is missing or unreadable" in error
-    done = len(run_folders.read_jsonl(runs / "a" / "metrics.jsonl"))
+    done = len(files.read_jsonl(runs / "a" / "metrics.jsonl"))
     state = torch.load(runs / "a" / "checkpoint" / "training_state.pt", weights_only=True)
     assert state["step"] == done
 
@@ -111,17 +111,17 @@ def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Captu
     (runs / "rows.jsonl").write_text("\n".join(rows))
     flags = ["--model", str(toy.BASE), "--data", str(runs / "rows.jsonl"), "--steps", "2"]
     assert run(runs, "a", *flags) == 0
-    assert len(run_folders.read_jsonl(runs / "a" / "samples.jsonl")) == 2
+    assert len(files.read_jsonl(runs / "a" / "samples.jsonl")) == 2
     assert run(runs, "a", "--resume") == 0
     score = ["--model", str(runs / "a"), "--max-new-tokens", "8"]
     assert evaluate(*score) == 0
     # The held-back tenth, not the training rows; nor under another name.
-    assert len(run_folders.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
+    assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
     again = [*score, "--data", str(runs / "a" / ".." / "rows.jsonl")]
     capsys.readouterr()
     assert evaluate(*again) == 0
     assert "tested on all" not in capsys.readouterr().err
-    assert len(run_folders.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
+    assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
     shutil.rmtree(runs / "a" / "checkpoint")
     assert evaluate(*again) == 2
     assert "has no checkpoint yet" in capsys.readouterr().err

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import dyme
-from support import UserError, parallel
-from support import runs as run_folders
+from support import UserError, files, parallel
 from test_dyme import HERE, Patch, near, without_times
 
 DRIVER = """
@@ -90,7 +89,7 @@ def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(
     broken = start(tmp_path, 2, "--out", "breaks")
     assert broken.returncode == 1
     assert "error: row 7: is broken" in broken.stderr
-    assert 0 < len(run_folders.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) < 3
+    assert 0 < len(files.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) < 3
     assert start(tmp_path, 1, "--out", "breaks", "--resume").returncode == 0
     assert start(tmp_path, 1, "--out", "whole").returncode == 0
     near(tmp_path / "breaks", tmp_path / "whole")

@@ -14,6 +14,7 @@ from torch import Tensor
 import dyme
 from dyme import Step, Trainer
 from reward import Example
+from support import files
 from support import runs as run_folders
 from test_dyme import Capture, Patch, run, same_weights, without_times
 
@@ -40,7 +41,7 @@ def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: 
     assert same_weights(runs / "whole", runs / "killed")
     for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
         assert without_times(runs / "whole" / file) == without_times(runs / "killed" / file)
-    steps = [row["step"] for row in run_folders.read_jsonl(runs / "killed" / "metrics.jsonl")]
+    steps = [row["step"] for row in files.read_jsonl(runs / "killed" / "metrics.jsonl")]
     assert steps == [*range(6)]
     assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
 
@@ -59,7 +60,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     monkeypatch.setattr(dyme, "train_step", interrupted)
     assert run(runs, "stopped", *flags) == 130
     assert f"--resume --out {runs / 'stopped'}" in capsys.readouterr().out
-    assert len(run_folders.read_jsonl(runs / "stopped" / "metrics.jsonl")) == 2
+    assert len(files.read_jsonl(runs / "stopped" / "metrics.jsonl")) == 2
     monkeypatch.setattr(dyme, "train_step", real)
     assert run(runs, "stopped", "--resume") == 0
     assert same_weights(runs / "whole", runs / "stopped")
@@ -99,7 +100,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
     # Of the two halves of the first step one is done: its gradient must not be counted twice.
     out_of_memory_once(monkeypatch, call=2)
     assert run(runs, "halved", *flags, "--micro-batch", "2") == 0
-    assert "out of memory: going on with --micro-batch 1" in capsys.readouterr().out
+    assert "out of memory: going on with --micro-batch 1" in capsys.readouterr().err
     assert same_weights(runs / "small", runs / "halved")
     names = ("metrics.jsonl", "samples.jsonl")
     for name in names:
@@ -112,7 +113,7 @@ def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
     flags = ["--steps", "3", "--eval-every", "0", "--save-every", "0", "--micro-batch", "1"]
     assert run(runs, "a", *flags) == 2
     assert "--micro-batch" in capsys.readouterr().err
-    assert len(run_folders.read_jsonl(runs / "a" / "metrics.jsonl")) == 1
+    assert len(files.read_jsonl(runs / "a" / "metrics.jsonl")) == 1
     assert run(runs, "a", "--resume") == 0
 
 

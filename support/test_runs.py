@@ -325,8 +325,8 @@ def test_more_prompts_than_rows_are_told(runs: Path, capsys: Capture) -> None:
 def test_broken_weights_and_failing_steps_are_not_saved(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def damaged(*names: str) -> Callable[..., Any]:
-        def step(trainer: dyme.Trainer, batch: Any, number: int, *rest: Any) -> Any:
-            done = real(trainer, batch, number, *rest)
+        def step(trainer: dyme.Trainer, number: int, *rest: Any) -> Any:
+            done = real(trainer, number, *rest)
             if number >= 2 and "weights" in names:
                 next(trainer.policy.model.parameters()).data.fill_(math.nan)
             trainer.failures = max(0, number - 1) if "steps" in names else 0

@@ -5,10 +5,8 @@ import dataclasses
 import json
 import re
 import runpy
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dyme
 import reward
 from dyme import Config
 from reward import Example, verify
-from support import UserError, chartqa, data, files, make_toy_base, references, thinking, toy
+from support import UserError, files, make_toy_base, thinking, toy
 from support import runs as run_folders
 from support.make_toy_base import new_policy
-from test_dyme import CPU, HERE, SHARED, TEXT, Capture, Patch, Row, run
+from test_dyme import CPU, HERE, TEXT, Capture, Patch, run
 
 # ---- The toy -------------------------------------------------------------------------------------
 
@@ -109,7 +106,7 @@ def test_tensorboard_gets_every_number_or_says_what_is_missing(runs: Path, monke
 
     class SummaryWriter:
         def __init__(self, folder: str, purge_step: int) -> None:
-            assert folder == runs / "b" / "tensorboard" and purge_step == 0
+            assert folder == runs / "b" / "tensorboard" and purge_step == 1
 
         def add_scalar(self, *point: Any) -> None:
             written.append(point)
@@ -132,7 +129,10 @@ import json, sys
 import dyme
 policy, found = dyme.load_policy("tiny", dyme.torch.device("cpu")), []
 for flags in ("--plain", "--plain --switch anneal", "", sys.argv[1]):
-    dyme.make_trainer(dyme.parse_config(["--device", "cpu", *flags.split()]), policy)
+    try:
+        dyme.make_trainer(dyme.parse_config(["--device", "cpu", *flags.split()]), policy)
+    except dyme.UserError:
+        pass  # nobody answers at --helper-url
     found.append([module.__file__ for module in sys.modules.values() if getattr(
         module, "__file__", None)])
 print(json.dumps(found))
@@ -164,9 +164,11 @@ def test_extras_are_loaded_where_their_flag_is_read(loaded: list[set[str]]) -> N
 def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
     """No file that dyme.py loads imports it, at its top or in a function."""
     for file in loaded[0] - {"dyme.py"}:
-        for node in ast.walk(ast.parse((HERE / file).read_text())):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node.body = []  # `ast.walk` comes to its parts later
+        tree = ast.parse((HERE / file).read_text())
+        for block in tree.body:
+            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test):
+                block.body = []  # names for types alone are not loaded
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert "dyme" not in [alias.name for alias in node.names], file
             if isinstance(node, ast.ImportFrom):
@@ -217,9 +219,9 @@ def test_functions_and_metrics_that_the_readmes_name_exist() -> None:
 def test_the_glossary_knows_every_metric_that_is_written(runs: Path) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     glossary = readmes()
-    for key in run_folders.read_jsonl(runs / "a" / "metrics.jsonl")[0]:
+    for key in files.read_jsonl(runs / "a" / "metrics.jsonl")[0]:
         assert f"`{key}`" in glossary, key
-    evaluated = run_folders.read_jsonl(runs / "a" / "evaluations.jsonl")[0]
+    evaluated = files.read_jsonl(runs / "a" / "evaluations.jsonl")[0]
     assert evaluated.keys() >= {"accuracy", "any_format", "valid_thinking", "in_format",
                                 "groundedness", "accuracy_sum"}
 
