@@ -1186,6 +1186,8 @@ def take_step(trainer: Trainer, step: int, folder: Path, stream: Iterator[Inputs
     """Step number `step` of the run, in the mode of its stage."""
     cfg = trainer.cfg
     mode, lr = schedule(cfg, step)
+    if cfg.mode == "two-stage" and step == cfg.sft_steps:
+        trainer.optimizer.state.clear()  # GRPO is a run of its own: no momentum comes from SFT
     if cfg.beta and mode == "grpo" and trainer.reference is None:
         trainer.reference = load_reference(trainer, folder, step)
     batch = [trainer.rows[i] for i in step_rows(cfg, step, len(trainer.rows))]
