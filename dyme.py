@@ -194,12 +194,11 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
     """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
     # Said aloud: transformers would ask on the terminal whether a model's own code may run.
     own_code = {"trust_remote_code": False}
-    config = AutoConfig.from_pretrained(source, **own_code)
+    sees = type(AutoConfig.from_pretrained(source, **own_code)) in \
+        AutoModelForImageTextToText._model_mapping
+    loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     # The processor of a text-only model is its tokenizer.
     processor = AutoProcessor.from_pretrained(source, **own_code)
-    loader = AutoModelForImageTextToText
-    if type(config) not in loader._model_mapping:
-        loader = AutoModelForCausalLM
     model, info = loader.from_pretrained(
         source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **own_code)
     if info["missing_keys"]:
@@ -922,20 +921,15 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
     return [*itertools.chain(*parallel.gather(judged))]
 
 
-def evaluate_if_due(trainer: Trainer, held_out: list[Example], run: Path, step: int,
-                    board: Any) -> None:
-    """Evaluate at the start, at the end and every so many steps, if that is not done yet."""
+def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
+    """If it is due, answer held-out rows greedily, log it, and keep the best weights so far."""
     cfg = trainer.cfg
     due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
-    if due and step not in trainer.evaluated:
-        evaluate(trainer, held_out, run, step, board)
-        trainer.evaluated.add(step)
-
-
-def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
-    """Answer held-out rows greedily, log it, and keep the best weights so far."""
-    batch = 4 * trainer.cfg.micro_batch  # without gradients there is room for more
-    predictions = respond(trainer.policy, held_out, trainer.cfg.max_new_tokens, batch)
+    if not due or step in trainer.evaluated:
+        return
+    # Without gradients there is room for more prompts in a pass.
+    predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, 4 * cfg.micro_batch)
+    trainer.evaluated.add(step)
     if not parallel.is_main():
         return
     summary = thinking.summarise(predictions)
@@ -1136,7 +1130,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     trainer.evaluated = {row["step"] for row in files.read_jsonl(folder / "evaluations.jsonl")}
     board = runs.open_board(cfg.tensorboard, folder, step)
     with trainer.closing:
-        evaluate_if_due(trainer, held_out, folder, step, board)
+        evaluate(trainer, held_out, folder, step, board)
         finished = train_loop(trainer, held_out, folder, step, board)
     if not finished:
         runs.print_stopped(folder)
@@ -1160,9 +1154,10 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                 try:
                     done = take_step(trainer, step, folder, stream)
                 except torch.OutOfMemoryError:
+                    if cfg.micro_batch == 1:
+                        raise
                     stream.close()
-                    halve_micro_batch(trainer)
-                    stream = feed_prompts(trainer, range(step, cfg.steps))
+                    stream = with_less_memory(trainer, step)
                     continue
                 step += 1
                 shown = runs.describe_groups(done, trainer.policy.tokenizer)
@@ -1171,7 +1166,7 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                 stop = any(parallel.gather(bool(interrupted)))
                 # Evaluate before the save: a resumed run then repeats what is missing.
                 if not stop or step == cfg.steps:
-                    evaluate_if_due(trainer, held_out, folder, step, board)
+                    evaluate(trainer, held_out, folder, step, board)
                 if cfg.save_every and step % cfg.save_every == 0:
                     save_checkpoint(folder, trainer, step)
                     saved = step
@@ -1199,15 +1194,13 @@ def take_step(trainer: Trainer, step: int, folder: Path, stream: Iterator[Inputs
     return done
 
 
-def halve_micro_batch(trainer: Trainer) -> None:
-    """After running out of memory: half as many prompts in a pass, which changes no gradient."""
-    trainer.optimizer.zero_grad()
-    if trainer.cfg.micro_batch == 1:
-        raise  # nothing to halve
+def with_less_memory(trainer: Trainer, step: int) -> Generator[Inputs]:
+    """Inputs from `step` on, half as many prompts in a pass, which changes no gradient."""
     trainer.cfg.micro_batch //= 2
-    torch.cuda.empty_cache()
+    trainer.optimizer.zero_grad()
     tqdm.write(f"out of memory: going on with --micro-batch {trainer.cfg.micro_batch}",
                file=sys.stderr)
+    return feed_prompts(trainer, range(step, trainer.cfg.steps))
 
 
 def main() -> int:
