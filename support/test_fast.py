@@ -162,7 +162,8 @@ def test_sampling_ends_with_the_last_response() -> None:
     inputs = pad_batch(make_prompts("llama"))
     for policy in both("llama"):
         policy, passes = dataclasses.replace(policy, end_ids=[*range(60)]), []
-        policy.model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        base = policy.model.base_model
+        base.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         responses = policy.rollout(policy, [inputs], torch.rand(6, 30), 2, 1.0)
         assert [len(y.ids) for y in responses] == [1] * 6
         assert len(passes) == 1  # that of the prompt
