@@ -540,7 +540,7 @@ def test_a_missing_template_and_a_missing_package_are_one_line(
         raise ImportError("Processor requires the Torchvision library")
 
     monkeypatch.setattr(dyme, "load_pretrained", fail)
-    with pytest.raises(UserError, match=r"pip install -r requirements.txt torchvision$"):
+    with pytest.raises(UserError, match=r"pip install -r requirements.txt torchvision\)?$"):
         dyme.load_policy("Qwen2.5-VL-3B", CPU)
 
 

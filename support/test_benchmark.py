@@ -1,4 +1,4 @@
-"""The benchmark, and the page of checks for a GPU."""
+"""The benchmark."""
 
 import re
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import dyme
+from dyme import Response
+from reward import Example
 from support import benchmark
 from support import runs as run_folders
 from test_dyme import Capture, Patch
@@ -25,15 +27,15 @@ def test_benchmark_ends_with_the_median_and_leaves_nothing_behind(
     assert not any(runs.iterdir())
 
 
-@pytest.mark.slow
+def test_coins_let_every_prompt_explore_with_rewards_that_differ() -> None:
+    groups = [[Response([1], "Answer: 5", True, 0.0) for _ in range(4)] for _ in range(3)]
+    r_a, r_t = benchmark.coin_flips(groups, [Example("q", "6", trace="5")] * 3)
+    assert r_a[:, :2].tolist() == [[1, 0]] * 3
+    assert dyme.any_correct(r_a, r_t).all()
+    assert not dyme.no_variance(r_a + r_t).any()
 
 
-
-def test_the_gpu_checks_commands_are_commands() -> None:
-    commands = gpu_check.commands("tiny", "toy", [["SmolLM2-135M", "gsm8k:folder"]], "runs")
-    assert sum("gsm8k:folder" in words for words in commands) == 1
-    for words in commands:
-        if "dyme.py" in words and "--resume" not in words:
-            assert dyme.parse_config(words[words.index("dyme.py") + 1:]).steps == 20
-        if "support.benchmark" in words:
-            dyme.parse_config(benchmark.split_steps(words[2:])[1])
+def test_steps_are_timed_steps() -> None:
+    assert benchmark.split_steps(["--steps", "3", "--seed", "1"]) == (3, ["--seed", "1"])
+    assert benchmark.split_steps(["--seed", "1", "--steps=4"]) == (4, ["--seed", "1"])
+    assert benchmark.split_steps([]) == (10, [])
