@@ -994,7 +994,6 @@ def evaluate(*arguments: str) -> int:
     return run_folders.run_main(lambda: evaluation.main([*arguments]))
 
 
-@slow
 def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> None:
     for seed in ("0", "1"):
         assert run(runs, f"s{seed}", "--steps", "3", "--seed", seed) == 0
