@@ -2,14 +2,11 @@
 
 A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and
 Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061). The paper is in the section "The
-method": Eq. 1, 2, 6, 7 and 8, in that order, then `train_step`, which puts them together. Before
-it stand policy, prompts and targets, rollout and log-probs; after it evaluation, checkpoints and
-the run. Rewards are in reward.py, what the paper takes for granted (data, run folders, judging of
-thinking) in support/.
+method": Eq. 1, 2, 6, 7 and 8, in that order, then `train_step`, which puts them together. Rewards
+are in reward.py; what the paper takes for granted (data, run folders) is in support/.
 
 This file is complete, and plain. What makes it faster, or compares it with something else, is an
-extra: it imports this file, and is loaded where its flag is read (`EXTRAS`). `--plain` runs
-without the faster rollout and log-probs of support/fast.py.
+extra: it imports this file, and is loaded where its flag is read (`EXTRAS`, and `plain`).
 
 Shapes: P prompts, K responses to each (a group), N = P K responses or sequences; L tokens of a
 prompt, T of a response; V words, D width. With several processes, p is this one's part of P.
@@ -36,15 +33,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
 from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
@@ -52,8 +44,14 @@ from reward import Example, reference_response, thinking_f1, verify
 from support import DivergedError, UserError, data, files, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
+NONE = torch.zeros(0)  # of what SFT, which samples nothing, does not have
 
 # ---- Settings: every field is a flag -------------------------------------------------------------
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of `Config`: its default, and what --help says of it."""
+    return HfArg(default=default, help=text)
 
 
 @dataclass
@@ -61,51 +59,49 @@ class Config:
     """All settings of a run, with the toy's values; `REAL` is for other data."""
 
     # What to train
-    model: str = HfArg(default="tiny", help="tiny, a short name, hub id or directory")
-    data: str = HfArg(default="toy", help="toy, chartqa (or its folder), DOMAIN:FOLDER, rows.jsonl")
-    mode: Literal["dyme", "sft", "grpo", "two-stage"] = HfArg(default="dyme", help="or a baseline")
-    out: str = HfArg(default="", help="run folder [runs/MODEL-DATA-MODE-sSEED]")
-    # Steps
-    steps: int = HfArg(default=600, help="optimisation steps")
-    epochs: float = HfArg(default=0.0, help="passes over the data, all stages; sets steps")
-    prompts: int = HfArg(default=8, help="prompts in a step (sft: prompts x generations targets)")
-    generations: int = HfArg(default=8, help="K, the responses sampled for a prompt")
-    micro_batch: int = HfArg(default=64, help="prompts in a pass; same gradient (0: fits)")
-    # Rollouts
-    max_new_tokens: int = HfArg(default=48, help="length limit of a sampled response")
-    temperature: float = HfArg(default=1.0, help="sampling temperature")
+    model: str = flag("tiny", "tiny, a short name, hub id or directory")
+    data: str = flag("toy", "toy, chartqa (or its folder), DOMAIN:FOLDER, rows.jsonl")
+    mode: Literal["dyme", "sft", "grpo", "two-stage"] = flag("dyme", "or a baseline")
+    out: str = flag("", "run folder [runs/MODEL-DATA-MODE-sSEED]")
+    steps: int = flag(600, "optimisation steps")
+    epochs: float = flag(0.0, "passes over the data; sets steps")
+    prompts: int = flag(8, "prompts in a step (sft: x generations)")
+    generations: int = flag(8, "K, the responses sampled for a prompt")
+    micro_batch: int = flag(64, "prompts in a pass (0: what fits)")
+    max_new_tokens: int = flag(48, "length limit of a sampled response")
+    temperature: float = flag(1.0, "sampling temperature")
     # Switch, learning rate, loss
-    switch: str = HfArg(default="any-correct", help="Eq. 6; or threshold:T, anneal, budget:N, ...")
-    sft_steps: int = HfArg(default=150, help="two-stage: steps of SFT before GRPO (0: one pass)")
-    lr: float = HfArg(default=0.0, help="peak learning rate (0: the mode's own)")
-    warmup: int = HfArg(default=10, help="steps of linear warm-up, before linear decay to zero")
-    thinking_weight: float = HfArg(default=1.0, help="w_t, weight of r_t (grpo, two-stage: 0)")
-    format_weight: float = HfArg(default=0.0, help="w_f, weight of r_f (the paper has none)")
-    beta: float = HfArg(default=0.0, help="weight of KL in grpo and two-stage (Eq. 3)")
-    released_code: bool = HfArg(default=False, help="depart from the paper as the release does")
+    switch: str = flag("any-correct", "Eq. 6; or threshold:T, anneal, budget:N, ...")
+    sft_steps: int = flag(150, "two-stage: SFT before GRPO (0: a pass)")
+    lr: float = flag(0.0, "peak learning rate (0: the mode's own)")
+    warmup: int = flag(10, "steps of warm-up, before linear decay")
+    thinking_weight: float = flag(1.0, "w_t, weight of r_t (grpo, two-stage: 0)")
+    format_weight: float = flag(0.0, "w_f, weight of r_f (the paper has none)")
+    beta: float = flag(0.0, "weight of KL in grpo and two-stage (Eq. 3)")
+    released_code: bool = flag(False, "depart from the paper as the release does")
     # Visual supervision: Full DyME
-    helper_url: str = HfArg(default="", help="an OpenAI-compatible server, http://HOST/v1")
-    helper_model: str = HfArg(default="", help="the model to ask for there")
-    helper_key_env: str = HfArg(default="", help="environment variable that holds its key")
-    helper_concurrency: int = HfArg(default=8, help="requests at a time")
-    no_checker: bool = HfArg(default=False, help="keep the static r_t: the helper only refines")
-    no_refiner: bool = HfArg(default=False, help="keep the static traces: the helper only checks")
+    helper_url: str = flag("", "OpenAI-compatible, http://HOST/v1")
+    helper_model: str = flag("", "the model to ask for there")
+    helper_key_env: str = flag("", "environment variable that holds its key")
+    helper_concurrency: int = flag(8, "requests at a time")
+    no_checker: bool = flag(False, "keep the static r_t: the helper only refines")
+    no_refiner: bool = flag(False, "keep the static traces: the helper only checks")
     # Data and repeatability
-    seed: int = HfArg(default=0, help="data order and sampling; on a CPU a run is reproducible")
-    traces: Literal["high", "medium", "low"] = HfArg(default="low", help="the toy's trace quality")
-    hints: str = HfArg(default="", help="a trace file of the release; trains on rows that it has")
-    augmented: bool = HfArg(default=False, help="chartqa: the machine-written questions too")
-    image_edge: int = HfArg(default=0, help="longest image edge in pixels (0: the processor's own)")
-    train_vision: bool = HfArg(default=False, help="train the vision tower too")
+    seed: int = flag(0, "of data order and sampling")
+    traces: Literal["high", "medium", "low"] = flag("low", "of the toy")
+    hints: str = flag("", "a trace file of the release")
+    augmented: bool = flag(False, "chartqa: machine-written questions too")
+    image_edge: int = flag(0, "longest edge in pixels (0: the model's)")
+    train_vision: bool = flag(False, "train the vision tower too")
     # Run
-    plain: bool = HfArg(default=False, help="without the faster rollout and log-probs of fast.py")
-    eval_every: int = HfArg(default=150, help="steps between evaluations (0: first and last)")
-    eval_rows: int = HfArg(default=512, help="held-out rows in an evaluation")
-    save_every: int = HfArg(default=100, help="steps between checkpoints (0: only at the end)")
-    tensorboard: bool = HfArg(default=False, help="also write metrics for TensorBoard")
-    resume: bool = HfArg(default=False, help="go on with the run in --out")
-    overwrite: bool = HfArg(default=False, help="replace the run in --out")
-    device: str = HfArg(default="auto", help="auto, cpu, cuda or cuda:N")
+    plain: bool = flag(False, "without support/fast.py")
+    eval_every: int = flag(150, "steps between evaluations (0: first and last)")
+    eval_rows: int = flag(512, "held-out rows in an evaluation")
+    save_every: int = flag(100, "steps between checkpoints (0: only at the end)")
+    tensorboard: bool = flag(False, "also write metrics for TensorBoard")
+    resume: bool = flag(False, "go on with the run in --out")
+    overwrite: bool = flag(False, "replace the run in --out")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 
 # Settings for real data: the release's main configuration (K = 8 there too), and a warm-up.
@@ -177,7 +173,7 @@ def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     settings.check_model_name(name, {"tiny", *NAMES})
     with loading(name):
         model, processor = load_pretrained(model_source(name))
-        check_logits(model)
+        check_model(model)
     parallel.set_threads(sum(p.numel() for p in model.parameters()))
     return make_policy(model.to(device), processor, device, image_edge)
 
@@ -194,11 +190,12 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
     """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
     # Said aloud: transformers would ask on the terminal whether a model's own code may run.
     own_code = {"trust_remote_code": False}
-    sees = type(AutoConfig.from_pretrained(source, **own_code)) in \
-        AutoModelForImageTextToText._model_mapping
-    loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(source, **own_code)
+    loader = transformers.AutoModelForImageTextToText
+    if type(config) not in loader._model_mapping:
+        loader = transformers.AutoModelForCausalLM
     # The processor of a text-only model is its tokenizer.
-    processor = AutoProcessor.from_pretrained(source, **own_code)
+    processor = transformers.AutoProcessor.from_pretrained(source, **own_code)
     model, info = loader.from_pretrained(
         source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **own_code)
     if info["missing_keys"]:
@@ -207,12 +204,16 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
 
 
 @torch.no_grad()
-def check_logits(model: Model) -> None:
-    """Raise ValueError if `next_logits` leaves out what the model does to its logits."""
-    ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
-    ours = next_logits(model, model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(ours, model(input_ids=ids).logits.float(), rtol=1e-3, atol=1e-3):
-        raise ValueError("it changes its logits after the head in a way that is not known here")
+def check_model(model: Model) -> None:
+    """Raise ValueError if a padded prompt, continued, gets other logits than the model gives."""
+    ids = torch.arange(3, 8)[None] % model.config.get_text_config().vocab_size
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    inputs = {"input_ids": F.pad(ids[:, :-1], (2, 0)), "attention_mask": mask}
+    prefix = encode_prefix(model, inputs, torch.tensor([0, 0]))
+    states = extend(model, prefix, ids[:, -1:].expand(2, 1), torch.ones(2, 1, dtype=torch.long))
+    ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -1:].float()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        raise ValueError("its positions, its cache or its logits are of a kind not known here")
 
 
 @contextlib.contextmanager
@@ -328,8 +329,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
                    prompt: str = PROMPT) -> Inputs:
     """Process P prompts: ids and mask (P, L), padded left, and image tensors, on the device.
 
-    Raises UserError naming a row whose image cannot be read, or that leaves no `room` for the
-    response.
+    Raises UserError naming a row without a readable image, or without `room` for a response.
     """
     processor, edge = policy.processor, policy.image_edge
     texts, images = [], []
@@ -358,12 +358,6 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
                 f"{example.name}: {length} tokens of prompt and {room} for the answer exceed the "
                 f"model's context of {policy.context}; lower --image-edge or --max-new-tokens")
     return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
-
-
-def full_length(policy: Policy, example: Example) -> int:
-    """Tokens of a row's prompt and reference together."""
-    prompt = encode_prompts(policy, [example], room=0)["input_ids"]  # (1, L)
-    return prompt.shape[1] + len(target_ids(policy, example))
 
 
 # ---- Rollout: a prompt is encoded once; its K responses start from it ----------------------------
@@ -651,9 +645,6 @@ class Trainer:
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
 
 
-NONE = torch.zeros(0)  # in SFT, which samples nothing
-
-
 @dataclass
 class Step:
     """What a step did with this process's p prompts."""
@@ -675,8 +666,8 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
                inputs: Iterable[Inputs] | None = None) -> Step:
     """A step on P prompts: sample and judge K responses each, choose the mode, update."""
     cfg, policy, P, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    own, clock = share(P), [time.perf_counter()]
-    examples = examples[own.start:own.stop]  # this process takes p of the P: all, if it is alone
+    own, clock = share(P), [time.perf_counter()]  # this process takes p of the P prompts
+    examples = examples[own.start:own.stop]
     with trainer.together():
         inputs = [*encoded(trainer, examples, inputs)]
     clock.append(time.perf_counter())
@@ -718,10 +709,8 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
 def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
              inputs: Iterable[Inputs] | None = None) -> Step:
     """The SFT baseline: imitate the references of P prompts (Eq. 1)."""
-    P, clock = len(examples), [time.perf_counter()] * 4
-    own = share(P)
-    examples = examples[own.start:own.stop]
-    sequences = []
+    P, clock, own = len(examples), [time.perf_counter()] * 4, share(len(examples))
+    examples, sequences = examples[own.start:own.stop], []
     for i, example in enumerate(examples):
         sequences.append(Sequence(i, target_ids(trainer.policy, example), 1 / P, False))
     # SFT takes K times as many prompts as DyME: encoded one micro-batch at a time they fit.
@@ -782,10 +771,10 @@ def token_factors(sequences: list[Sequence], logprobs: Tensor) -> Tensor:
 def kl_penalty(trainer: Trainer, inputs: Inputs, prompts: list[int], sequences: list[Sequence],
                logprobs: Tensor, mask: Tensor) -> Tensor:
     """Eq. 3's term: beta times the mean KL of the sampled sequences to the reference policy."""
-    policy, weights = trainer.policy, torch.tensor([s.kl_weight for s in sequences])
+    policy, at = trainer.policy, trainer.cfg.temperature
+    weights = torch.tensor([s.kl_weight for s in sequences])
     with torch.no_grad():
-        frozen, _ = policy.logprobs(policy, trainer.reference, inputs, prompts, sequences,
-                                    trainer.cfg.temperature)
+        frozen, _ = policy.logprobs(policy, trainer.reference, inputs, prompts, sequences, at)
     means = (kl_estimate(logprobs, frozen) * mask).sum(1) / mask.sum(1)  # (N,)
     return (weights.to(mask.device) * means).sum()
 
@@ -865,9 +854,6 @@ def step_metrics(done: Step, sequences: list[Sequence], totals: dict[str, float]
             metrics[name] = totals.pop(name) / totals["responses"]
     counted = {"sequences", "targets", "explored", "target_tokens", "groups", "responses"}
     return metrics | {name: total for name, total in totals.items() if name not in counted}
-
-
-# ---- Inputs of a step; with torchrun each process takes its share --------------------------------
 
 
 def share(total: int) -> range:
@@ -976,8 +962,7 @@ def load_checkpoint(run: Path, trainer: Trainer) -> int:
     state = runs.read_state(run, trainer.optimizer, trainer.policy.device)
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.failures, trainer.best = state["failures"], state["best"]
-    trainer.kept.update(state["kept"])
+    trainer.failures, trainer.best, trainer.kept = state["failures"], state["best"], state["kept"]
     return state["step"]
 
 
@@ -998,10 +983,9 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
         trainer.together = parallel.errors_shared
     if cfg.mode in ("grpo", "two-stage"):
         trainer.switch = always_explore
-    asked = [name for setting, name in EXTRAS.items()
-             if getattr(cfg, setting) != getattr(Config, setting)]
-    for name in dict.fromkeys(asked):
-        extra(name).attach(trainer)
+    asked = [EXTRAS[name] for name in EXTRAS if getattr(cfg, name) != getattr(Config, name)]
+    for module in dict.fromkeys(asked):
+        extra(module).attach(trainer)
     return trainer
 
 
@@ -1091,13 +1075,8 @@ def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
     def encode(part: list[Example], processor: Any) -> Inputs:
         return encode_ahead(trainer.policy, part, processor, cfg.max_new_tokens)
 
-    ahead = max(4, micro_batches(cfg, cfg.prompts))
+    ahead = max(4, math.ceil(len(share(cfg.prompts)) / cfg.micro_batch))  # a step's
     return parallel.in_threads(encode, trainer.policy.processor, jobs(), ahead)
-
-
-def micro_batches(cfg: Config, prompts: int) -> int:
-    """How many micro-batches this process makes of a step of so many prompts."""
-    return math.ceil(len(share(prompts)) / cfg.micro_batch)
 
 
 def train(cfg: Config) -> None:
@@ -1105,7 +1084,7 @@ def train(cfg: Config) -> None:
     source = model_source(cfg.model)
     if not cfg.resume and not Path(source).exists():  # known before its data is downloaded
         with loading(cfg.model):
-            AutoConfig.from_pretrained(source, trust_remote_code=False)
+            transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     with runs.opened(cfg) as (examples, held_out):
         run(cfg, examples, held_out)
 
@@ -1121,8 +1100,8 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     cfg.micro_batch = cfg.micro_batch or (most if device.type == "cuda" else min(2, most))
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)
-    trainer.rows = data.check_references(
-        examples, policy, lambda example: full_length(policy, example))
+    trainer.rows = data.check_references(examples, policy, lambda example: len(
+        target_ids(policy, example)) + encode_prompts(policy, [example], 0)["input_ids"].shape[1])
     step = load_checkpoint(folder, trainer) if resumed else 0
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, examples, held_out)
@@ -1151,11 +1130,13 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
     with bar, runs.finish_step_on_interrupt() as interrupted:
         try:
             while step < cfg.steps and not stop:
+                kept = {name: [*things] for name, things in trainer.kept.items()}
                 try:
                     done = take_step(trainer, step, folder, stream)
                 except torch.OutOfMemoryError:
                     if cfg.micro_batch == 1:
                         raise
+                    trainer.kept.update(kept)
                     stream.close()
                     stream = with_less_memory(trainer, step)
                     continue
@@ -1186,7 +1167,7 @@ def take_step(trainer: Trainer, step: int, folder: Path, stream: Iterator[Inputs
     if cfg.beta and mode == "grpo" and trainer.reference is None:
         trainer.reference = load_reference(trainer, folder, step)
     batch = [trainer.rows[i] for i in step_rows(cfg, step, len(trainer.rows))]
-    inputs = itertools.islice(stream, micro_batches(cfg, len(batch)))
+    inputs = itertools.islice(stream, math.ceil(len(share(len(batch))) / cfg.micro_batch))
     take = sft_step if mode == "sft" else train_step
     done = take(trainer, batch, step, lr, inputs)
     peak = parallel.peak_memory_gib(trainer.policy.device)
@@ -1198,8 +1179,9 @@ def with_less_memory(trainer: Trainer, step: int) -> Generator[Inputs]:
     """Inputs from `step` on, half as many prompts in a pass, which changes no gradient."""
     trainer.cfg.micro_batch //= 2
     trainer.optimizer.zero_grad()
-    tqdm.write(f"out of memory: going on with --micro-batch {trainer.cfg.micro_batch}",
-               file=sys.stderr)
+    if parallel.is_main():
+        size = trainer.cfg.micro_batch
+        print(f"out of memory: --micro-batch {size} from now on", file=sys.stderr)
     return feed_prompts(trainer, range(step, trainer.cfg.steps))
 
 
@@ -1215,6 +1197,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # As a module too, once and for all: what extras import as `dyme` must be this very program.
+    # As a module: what extras import as `dyme` must be this very program.
     import dyme
     sys.exit(dyme.main())

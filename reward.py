@@ -5,6 +5,7 @@ Eq. 6), and the thinking reward says how its thinking compares with the referenc
 Eq. 7). They are added up in `score` of dyme.py: to change the reward, change it there.
 """
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -123,7 +124,14 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
             for given in _list_items(prediction))
     if is_list(prediction) and "," not in prediction:
         prediction = strip_answer(prediction[1:-1])
-    p, t = (read_number(_without_asked(text, question)) for text in (prediction, target))
+    asked = {_stem(w) for w in re.findall(r"[^\W\d_]+", question.lower())} - VALUE_WORDS
+    numbers = []
+    for text in (prediction, target):
+        words = text.split(" ")
+        while len(words) > 1 and _stem(words[-1].lower()) in asked:  # "5 bars", if asked for bars
+            words.pop()
+        numbers.append(read_number(" ".join(words)))
+    p, t = numbers
     if p and t:
         return _same_number(*p, *t, Fraction(tolerance))
     said, right = (_plain_words(text, question) for text in (prediction, target))
@@ -183,9 +191,7 @@ def _plain_words(text: str, question: str) -> str:
     return re.sub(r"(?<=\d) ?(?:-|to) ?(?=\d)", "-", text)  # a range
 
 
-def is_list(text: str) -> bool:
-    """Is it written in square brackets?"""
-    return text.startswith("[") and text.endswith("]")
+is_list = re.compile(r"\[.*\]", re.DOTALL).fullmatch  # is it written in square brackets?
 
 
 def _list_items(text: str) -> tuple[list[str], list[str]]:
@@ -238,20 +244,7 @@ def parse_number(text: str) -> float | None:
     return number and float(number[0])
 
 
-def _without_asked(text: str, question: str) -> str:
-    """Drop up to three words of the question after a number: "5 bars" where it asks for bars."""
-    asked = {_stem(w) for w in re.findall(r"[^\W\d_]+", question.lower())} - VALUE_WORDS
-    words = text.split(" ")
-    for _ in range(3):
-        if len(words) > 1 and _stem(words[-1].lower()) in asked:
-            words.pop()
-    return " ".join(words)
-
-
-def _stem(word: str) -> str:
-    return re.sub("(?:ies|es|e|y|s)$", "", word)
-
-
+_stem = functools.partial(re.sub, "(?:ies|es|e|y|s)$", "")
 # These change the number before them ("5 or 6", "5 more", "5 million"), so they are no units.
 VALUE_WORDS = set(map(_stem, [*SCALES, *NAMED, *(
     "and or of to not no more less fewer than over under above below by times half minus plus "
@@ -260,17 +253,16 @@ VALUE_WORDS = set(map(_stem, [*SCALES, *NAMED, *(
 
 # ---- Scoring the thinking ------------------------------------------------------------------------
 
+TOKEN = rf"{NUMBER}|\w+|[-+*/=×÷−]"
+
 
 def thinking_f1(response: str, trace: str) -> float:
     """r_t of Pure DyME: F1 of the bags of tokens of response and trace, before their flags."""
-    given, wanted = _tokens(response), _tokens(trace)
+    # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
+    given, wanted = (Counter(re.findall(TOKEN, split_response(text)[0].lower()))
+                     for text in (response, trace))
     overlap = (given & wanted).total()
     if not overlap:
         return 0.0
     # Harmonic mean of precision (overlap / given) and recall (overlap / wanted).
     return 2 * overlap / (given.total() + wanted.total())
-
-
-def _tokens(response: str) -> Counter[str]:
-    # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
-    return Counter(re.findall(rf"{NUMBER}|\w+|[-+*/=×÷−]", split_response(response)[0].lower()))

@@ -43,10 +43,10 @@ def speed_up(policy: Policy) -> Policy:
         return replace(policy, rollout=rollout, logprobs=sequence_logprobs)
     config = model.config.get_text_config()
     before, others = config._attn_implementation, {*(getattr(config, "layer_types", None) or [])}
-    expected = trial_logprobs(policy)
-    use_grouped_attention(model)
     faster = replace(policy, rollout=rollout, logprobs=sequence_logprobs)
     try:
+        expected = trial_logprobs(policy)
+        use_grouped_attention(model)
         if others - {"full_attention"}:
             raise NotImplementedError(f"layers of {', '.join(sorted(others))}")
         if not others and getattr(config, "sliding_window", None):

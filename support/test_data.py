@@ -827,7 +827,8 @@ def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
     found[6]["hint"] = "It ends<end_of_utterance> here."
     examples = [Example(row["question"], row["answer"], trace=row["hint"], name=f"row {i}")
                 for i, row in enumerate(found)]
-    checked = data.check_references(examples, tiny, lambda e: dyme.full_length(tiny, e))
+    checked = data.check_references(examples, tiny, lambda e: len(
+        dyme.target_ids(tiny, e)) + dyme.encode_prompts(tiny, [e], 0)["input_ids"].shape[1])
     said = capsys.readouterr().out.splitlines()
     assert checked[2].trace is None
     assert [a for a, b in zip(checked, examples, strict=True) if a != b] == [checked[2]]

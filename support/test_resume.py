@@ -100,7 +100,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
     # Of the two halves of the first step one is done: its gradient must not be counted twice.
     out_of_memory_once(monkeypatch, call=2)
     assert run(runs, "halved", *flags, "--micro-batch", "2") == 0
-    assert "out of memory: going on with --micro-batch 1" in "".join(capsys.readouterr())
+    assert "out of memory: --micro-batch 1 from now on" in "".join(capsys.readouterr())
     assert same_weights(runs / "small", runs / "halved")
     names = ("metrics.jsonl", "samples.jsonl")
     for name in names:
