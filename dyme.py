@@ -58,7 +58,6 @@ def flag(default: Any, text: str) -> Any:
 class Config:
     """All settings of a run, with the toy's values; `REAL` is for other data."""
 
-    # What to train
     model: str = flag("tiny", "tiny, a short name, hub id or directory")
     data: str = flag("toy", "toy, chartqa (or its folder), DOMAIN:FOLDER, rows.jsonl")
     mode: Literal["dyme", "sft", "grpo", "two-stage"] = flag("dyme", "or a baseline")
@@ -70,7 +69,6 @@ class Config:
     micro_batch: int = flag(64, "prompts in a pass (0: what fits)")
     max_new_tokens: int = flag(48, "length limit of a sampled response")
     temperature: float = flag(1.0, "sampling temperature")
-    # Switch, learning rate, loss
     switch: str = flag("any-correct", "Eq. 6; or threshold:T, anneal, budget:N, ...")
     sft_steps: int = flag(150, "two-stage: SFT before GRPO (0: a pass)")
     lr: float = flag(0.0, "peak learning rate (0: the mode's own)")
@@ -242,7 +240,7 @@ def make_policy(model: Model, processor: Any, device: torch.device,
 
     # Padding goes to the left of prompts: a response must begin right after its prompt.
     tokenizer.padding_side = "left"
-    image_processor = getattr(processor, "image_processor", None)
+    image_processor: Any = getattr(processor, "image_processor", None)
     size = getattr(image_processor, "size", None) or {}
     # SmolVLM scales every image up to its longest edge. In Qwen-VL the name means an area.
     if image_edge and 0 < (size.get("longest_edge") or 0) < 10_000:
@@ -923,7 +921,7 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
         files.write_jsonl(run / f"held-out-{step}.jsonl", predictions)
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
     tqdm.write(f"step {step}: " + thinking.one_line(summary))
-    accuracy = summary["accuracy"]
+    accuracy = summary["accuracy"] or 0.0
     if step and accuracy > trainer.best:
         trainer.best = accuracy
         save_policy(trainer.policy, run / "best")

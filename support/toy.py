@@ -66,7 +66,7 @@ def answer_to(kind: str, bars: list[str], values: dict[str, int]) -> str:
     numbers = {"value": first, "sum": first + second, "difference": first - second}
     if kind in numbers:
         return str(numbers[kind])
-    return (max if kind == "tallest" else min)(bars, key=values.get)
+    return (max if kind == "tallest" else min)(bars, key=values.__getitem__)
 
 
 def ask(kind: str, values: dict[str, int], a: str, b: str) -> tuple[str, str, str, list[str], str]:
