@@ -933,8 +933,12 @@ RECIPES = [  # of the release's configurations: what a command is for, and what 
      {"lr": 1e-5, "generations": 4, "prompts": 32}),
     ({"model": "SmolVLM-500M", "mode": "grpo"},
      {"lr": 1e-5, "generations": 4, "prompts": 16, "beta": 0.04}),
-    ({"model": "SmolVLM-500M", "mode": "dyme"},
-     {"lr": 8e-5, "generations": 8, "prompts": 32, "max_new_tokens": 300}),
+    ({"model": "SmolVLM-500M", "mode": "dyme", "data": "chartqa"},
+     {"lr": 8e-5, "generations": 4, "prompts": 32, "max_new_tokens": 300}),
+    ({"switch": "threshold:0.8"}, {"generations": 4, "prompts": 32, "max_new_tokens": 200}),
+    ({"data": "aokvqa:FOLDER", "mode": "two-stage"}, {"lr": 1e-5, "prompts": 16, "beta": 0.04}),
+    ({"hints": "DyME/data/chartqa/train_high.json", "mode": "two-stage", "beta": 0.04},
+     {"generations": 4, "prompts": 32}),
 ]
 
 

@@ -226,7 +226,7 @@ def test_help_knows_every_flag_and_the_readmes_name_nothing_else(capsys: Capture
     shown = capsys.readouterr().out
     for flag in flags:
         assert f"{flag} " in shown
-    others = {"--help", "--nproc", "--logdir"}  # of other programs
+    others = {"--help", "--nproc", "--logdir", "--reasoning"}  # of other programs
     named = {*re.findall(r"--[a-z][a-z-]+", readmes())}
     assert sorted(named - flags - others - defined()) == []
 
