@@ -47,7 +47,7 @@ with warnings.catch_warnings():  # support/conftest.py registers it, but not for
     slow = pytest.mark.slow
 
 
-# ---- Rewards --------------------------------------------------------------------------------------
+# ---- Rewards -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction, target, right", [
@@ -141,16 +141,18 @@ def test_verify_wants_one_flag_and_an_end() -> None:
     assert verify("12", example) == reward.Verdict(False, None, False)
     assert verify("Answer: 12\nAnswer: 12", example) == reward.Verdict(False, None, False)
     assert verify("Answer: 12", example, finished=False) == reward.Verdict(False, None, False)
-    assert verify("Answer: 12 because 5 + 7", example) == reward.Verdict(False, "12 because 5 + 7", True)
-    assert reward.final_answer("x Answer: 3 Answer: 4") == "4" and reward.final_answer("just 5") == "just 5"
+    because = verify("Answer: 12 because 5 + 7", example)
+    assert because == reward.Verdict(False, "12 because 5 + 7", True)
+    assert reward.final_answer("x Answer: 3 Answer: 4") == "4"
+    assert reward.final_answer("just 5") == "just 5"
 
 
 def test_thinking_f1_by_hand() -> None:
-    assert reward.thinking_f1("red is 3\nAnswer: 9", "red is 4") == pytest.approx(2 / 3)  # 2 of 3 tokens, both ways
+    assert reward.thinking_f1("red is 3\nAnswer: 9", "red is 4") == pytest.approx(2 / 3)  # 2 of 3
     assert reward.thinking_f1("red red", "red blue green") == pytest.approx(2 * 1 / 5)
     assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
     assert reward.thinking_f1("1,234", "1,234.5") == 0
-    assert reward.thinking_f1("8 + 3 = 5", "8 - 3 = 5") == pytest.approx(4 / 5)  # operators are tokens
+    assert reward.thinking_f1("8 + 3 = 5", "8 - 3 = 5") == pytest.approx(4 / 5)  # operators count
 
 
 # ---- Advantages, switch, loss: by hand -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Make the toy's base model again, from its recipe: `python -m support.make_toy_base [FOLDER [SEED]]`.
+"""Make the toy's base again, from its recipe: `python -m support.make_toy_base [FOLDER [SEED]]`.
 
 The base lies in support/toy_base, so that everyone starts from the same weights.
 """
