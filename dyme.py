@@ -44,7 +44,7 @@ from reward import Example, reference_response, thinking_f1, verify
 from support import DivergedError, UserError, data, files, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
-NONE = torch.zeros(0)  # of what SFT, which samples nothing, does not have
+NONE = torch.zeros(0)  # stands for r_a, r_t, ... in steps of SFT, which sample nothing
 
 # ---- Settings: every field is a flag -------------------------------------------------------------
 
@@ -111,7 +111,7 @@ LEARNING_RATES = {
 }
 
 # Modules of support/ that stand above this file, by the setting that asks for each: `attach` gives
-# the trainer other functions. Nothing else of this file knows of them.
+# the trainer other functions.
 EXTRAS = {"helper_url": "full_dyme", "switch": "ablations", "released_code": "ablations"}
 
 
@@ -186,7 +186,7 @@ def model_source(name: str) -> str:
 
 def load_pretrained(source: str) -> tuple[Model, Any]:
     """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
-    # Said aloud: transformers would ask on the terminal whether a model's own code may run.
+    # Else transformers would ask on the terminal whether a model's own code may run.
     own_code = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(source, **own_code)
     loader = transformers.AutoModelForImageTextToText
@@ -203,7 +203,7 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
 
 @torch.no_grad()
 def check_model(model: Model) -> None:
-    """Raise ValueError if a padded prompt, continued, gets other logits than the model gives."""
+    """Raise ValueError unless a padded prompt, continued, gets the logits of one full pass."""
     ids = torch.arange(3, 8)[None] % model.config.get_text_config().vocab_size
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     inputs = {"input_ids": F.pad(ids[:, :-1], (2, 0)), "attention_mask": mask}
@@ -341,7 +341,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
             picture.thumbnail((edge or picture.width, edge or picture.height))
         images.append(pictures)
     has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")
-    # A processor does not take a batch without any image as one with empty lists.
+    # Processors refuse lists of no images: without any, the argument is left out.
     with_images = {"images": images} if any(images) else {}
     try:
         inputs = processor(text=texts, padding=True, return_tensors="pt",
@@ -523,7 +523,7 @@ def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, K: int,
 
 @dataclass
 class Sequence:
-    """A response to train on: sampled, or a target to memorize."""
+    """A response to train on: sampled, or a target, which has advantage 1 (Eq. 4-5)."""
 
     prompt: int  # index of its prompt among those of this process
     ids: list[int]
@@ -556,6 +556,7 @@ def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: lis
 # ---- The method: Eq. 1, 2, 6, 7, 8 ---------------------------------------------------------------
 # Eq. 1, SFT: raise log p of the reference, trace and answer. Eq. 4-5: its gradient is that of a
 # sample with advantage 1. So both modes are sequences with a weight, and one loss is their sum.
+# A sequence counts by the mean over its tokens, as released; the paper's log p is the sum.
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
@@ -564,7 +565,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     A group without variance gets 0: its advantages have collapsed.
     """
     mean = rewards.mean(1, keepdim=True)  # (P, 1)
-    # The population's deviation (divide by K). With K = 8 the sample's would make advantages 6 %
+    # The population's deviation (divide by K). With K = 8 the sample's would make advantages 6.5 %
     # smaller, and memorization heavier by as much in Eq. 8.
     std = rewards.std(1, keepdim=True, correction=0)
     advantages = (rewards - mean) / (std + eps)
@@ -629,8 +630,8 @@ class Trainer:
     judge: Callable[[list[list[Response]], list[Example]], tuple[Tensor, Tensor]] = judge
     switch: Callable[[Tensor, Tensor], Tensor] = any_correct
     advantages: Callable[[Tensor], Tensor] = group_advantages
-    trace: Callable[[Example], str | None] = lambda example: example.trace  # the one to memorize
-    weigh: Callable[["Step"], list[Sequence]] = lambda done: done.sequences  # the last word on them
+    trace: Callable[[Example], str | None] = lambda example: example.trace  # to memorize
+    weigh: Callable[["Step"], list[Sequence]] = lambda record: record.sequences  # revises them
     totals: Callable[[], dict[str, float]] = dict  # what an extra adds to a step's metrics
     # With torchrun, a block in which an error of one process is raised in all: none waits for ever.
     together: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -694,14 +695,14 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
         else:  # Eq. 1: the reference (Full DyME refines its trace), as heavy as K responses
             target = target_ids(policy, replace(example, trace=trainer.trace(example)))
             sequences.append(Sequence(i, target, 1 / P, False))
-    done = Step(step, examples, inputs, explore, sequences, responses,
+    record = Step(step, examples, inputs, explore, sequences, responses,
                 r_a, r_t, rewards, advantages)
-    done.sequences = trainer.weigh(done)
+    record.sequences = trainer.weigh(record)
     clock.append(time.perf_counter())
 
     # Eq. 8: both kinds in one loss and one update.
-    update(trainer, done, lr, clock)
-    return done
+    update(trainer, record, lr, clock)
+    return record
 
 
 def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
@@ -713,19 +714,19 @@ def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
         sequences.append(Sequence(i, target_ids(trainer.policy, example), 1 / P, False))
     # SFT takes K times as many prompts as DyME: encoded one micro-batch at a time they fit.
     inputs = encoded(trainer, examples, inputs)
-    done = Step(step, examples, inputs, torch.zeros(len(examples), dtype=torch.bool), sequences)
-    update(trainer, done, lr, clock)
-    return done
+    record = Step(step, examples, inputs, torch.zeros(len(examples), dtype=torch.bool), sequences)
+    update(trainer, record, lr, clock)
+    return record
 
 
-def update(trainer: Trainer, done: Step, lr: float, clock: list[float]) -> None:
+def update(trainer: Trainer, record: Step, lr: float, clock: list[float]) -> None:
     """Eq. 8: add up the gradients of all sequences, take an optimiser step, write the metrics."""
     policy, temperature = trainer.policy, trainer.cfg.temperature
     # Advantage 0 teaches nothing: left out, a collapsed group costs no forward pass and no update.
-    sequences = [s for s in done.sequences if s.weight or s.kl_weight]
+    sequences = [s for s in record.sequences if s.weight or s.kl_weight]
     totals, first = {"loss": 0.0, "kl": 0.0} | trainer.totals(), 0
     with trainer.together():
-        for x in done.inputs:
+        for x in record.inputs:
             size = len(x["input_ids"])
             chosen = [s for s in sequences if first <= s.prompt < first + size]
             prompts = [s.prompt - first for s in chosen]
@@ -746,16 +747,16 @@ def update(trainer: Trainer, done: Step, lr: float, clock: list[float]) -> None:
                 loss, totals["kl"] = loss + kl, totals["kl"] + kl.item() / trainer.cfg.beta
             trainer.scaler.scale(loss).backward()
             totals["loss"] += loss.item()
-    done.inputs = ()  # images take much memory, and nobody needs them any more
+    record.inputs = ()  # images take much memory, and nobody needs them any more
     # Summed over all processes, so that all decide alike whether to skip the step.
-    done.metrics = step_metrics(done, sequences, totals)
-    if not done.metrics["empty_steps"]:
-        done.metrics |= apply_gradients(trainer, done.metrics["loss"], lr)
-    trainer.taken = done.step + 1
+    record.metrics = step_metrics(record, sequences, totals)
+    if not record.metrics["empty_steps"]:
+        record.metrics |= apply_gradients(trainer, record.metrics["loss"], lr)
+    trainer.taken = record.step + 1
     clock.append(time.perf_counter())
     parts = ("seconds_feed", "seconds_sampling", "seconds_scoring", "seconds_update")
     seconds = dict(zip(parts, np.diff(clock).tolist(), strict=True))
-    done.metrics |= seconds | {"tokens_per_s": done.metrics["tokens"] / sum(seconds.values())}
+    record.metrics |= seconds | {"tokens_per_s": record.metrics["tokens"] / sum(seconds.values())}
 
 
 def token_factors(sequences: list[Sequence], logprobs: Tensor) -> Tensor:
@@ -780,7 +781,7 @@ def kl_penalty(trainer: Trainer, inputs: Inputs, prompts: list[int], sequences: 
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     """Clip the gradient to norm 1 and step; if it or the loss is not finite, change nothing.
 
-    Raises DivergedError after ten such steps in a row, a float16 scaler's search apart.
+    Raises DivergedError after ten such steps in a row, without those of a float16 scaler's start.
     """
     optimizer, scaler = trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
@@ -811,27 +812,27 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
-def step_metrics(done: Step, sequences: list[Sequence], totals: dict[str, float]) -> dict[str, Any]:
+def step_metrics(record: Step, sequences: list[Sequence], totals: dict[str, float]) -> dict[str, Any]:
     """A step's averages over the prompts of all processes (glossary in support/README.md).
 
     `totals` holds this process's sums of the loss, and what extras add.
     """
     targets = [len(s.ids) for s in sequences if not s.explore]
     totals |= {"sequences": len(sequences), "targets": len(targets), "explored":
-               done.explore.sum().item(), "target_tokens": sum(targets)}
-    if done.responses:
+               record.explore.sum().item(), "target_tokens": sum(targets)}
+    if record.responses:
         # Sampled responses only, never mixed with the targets that stood in for them.
-        ys = [*itertools.chain(*done.responses)]
+        ys = [*itertools.chain(*record.responses)]
         totals |= {
-            "groups": len(done.responses),
+            "groups": len(record.responses),
             # The two forms of collapse: nothing right to reinforce, and nothing that differs.
-            "none_correct": (done.r_a < 1).all(dim=1).sum().item(),
-            "no_variance": no_variance(done.rewards).sum().item(),
+            "none_correct": (record.r_a < 1).all(dim=1).sum().item(),
+            "no_variance": no_variance(record.rewards).sum().item(),
             "responses": len(ys),
-            "reward": done.rewards.sum().item(),
-            "reward_thinking": done.r_t.sum().item(),
+            "reward": record.rewards.sum().item(),
+            "reward_thinking": record.r_t.sum().item(),
             "reward_format": sum(y.in_format for y in ys),
-            "accuracy": done.r_a.sum().item(),
+            "accuracy": record.r_a.sum().item(),
             "truncated": sum(not y.finished for y in ys),
             "response_length": sum(len(y.ids) for y in ys),
             "entropy": sum(y.entropy for y in ys)}
@@ -1014,7 +1015,7 @@ def vision_towers(model: Model) -> list[Model]:
 def load_reference(trainer: Trainer, run: Path, step: int) -> Model:
     """The KL's reference: the base; in two-stage, as released, the model after SFT."""
     cfg, after_sft = trainer.cfg, run / "after-sft"
-    with parallel.errors_shared():  # nobody reads it before it is written
+    with parallel.errors_shared():  # the others wait until it is written
         begins = cfg.mode == "two-stage" and step == cfg.sft_steps
         if begins and parallel.is_main():
             save_policy(trainer.policy, after_sft)
@@ -1073,14 +1074,14 @@ def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
     def encode(part: list[Example], processor: Any) -> Inputs:
         return encode_ahead(trainer.policy, part, processor, cfg.max_new_tokens)
 
-    ahead = max(4, math.ceil(len(share(cfg.prompts)) / cfg.micro_batch))  # a step's
+    ahead = max(4, math.ceil(len(share(cfg.prompts)) / cfg.micro_batch))  # a step's at least
     return parallel.in_threads(encode, trainer.policy.processor, jobs(), ahead)
 
 
 def train(cfg: Config) -> None:
     """Carry out a run in its folder, where no other process may be."""
     source = model_source(cfg.model)
-    if not cfg.resume and not Path(source).exists():  # known before its data is downloaded
+    if not cfg.resume and not Path(source).exists():  # fail before the data is downloaded
         with loading(cfg.model):
             transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     with runs.opened(cfg) as (examples, held_out):
@@ -1093,7 +1094,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (folder / "checkpoint").exists()
     policy = load_policy(str(folder) if resumed else cfg.model, device, cfg.image_edge)
-    # More is no faster on a CPU; a GPU tries all of a step's prompts, and fewer if they don't fit.
+    # On a CPU more than 2 is no faster. A GPU begins with all, and halves when memory runs out.
     most = len(share(cfg.prompts))
     cfg.micro_batch = cfg.micro_batch or (most if device.type == "cuda" else min(2, most))
     with parallel.errors_shared():
@@ -1130,7 +1131,7 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
             while step < cfg.steps and not stop:
                 kept = {name: [*things] for name, things in trainer.kept.items()}
                 try:
-                    done = take_step(trainer, step, folder, stream)
+                    record = take_step(trainer, step, folder, stream)
                 except torch.OutOfMemoryError:
                     if cfg.micro_batch == 1:
                         raise
@@ -1139,9 +1140,9 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                     stream = with_less_memory(trainer, step)
                     continue
                 step += 1
-                shown = runs.describe_groups(done, trainer.policy.tokenizer)
-                runs.log_step(folder, done.metrics, shown, board)
-                runs.advance(bar, f"{cfg.mode} {step}/{cfg.steps}", done.metrics)
+                shown = runs.describe_groups(record, trainer.policy.tokenizer)
+                runs.log_step(folder, record.metrics, shown, board)
+                runs.advance(bar, f"{cfg.mode} {step}/{cfg.steps}", record.metrics)
                 stop = any(parallel.gather(bool(interrupted)))
                 # Evaluate before the save: a resumed run then repeats what is missing.
                 if not stop or step == cfg.steps:
@@ -1167,10 +1168,11 @@ def take_step(trainer: Trainer, step: int, folder: Path, stream: Iterator[Inputs
     batch = [trainer.rows[i] for i in step_rows(cfg, step, len(trainer.rows))]
     inputs = itertools.islice(stream, math.ceil(len(share(len(batch))) / cfg.micro_batch))
     take = sft_step if mode == "sft" else train_step
-    done = take(trainer, batch, step, lr, inputs)
+    record = take(trainer, batch, step, lr, inputs)
     peak = parallel.peak_memory_gib(trainer.policy.device)
-    done.metrics = {"step": step, "mode": mode, "lr": lr} | done.metrics | {"peak_memory_gib": peak}
-    return done
+    about = {"step": step, "mode": mode, "lr": lr, "peak_memory_gib": peak}
+    record.metrics = about | record.metrics
+    return record
 
 
 def with_less_memory(trainer: Trainer, step: int) -> Generator[Inputs]:
@@ -1195,6 +1197,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # As a module: what extras import as `dyme` must be this very program.
+    # The module, not this script: extras import `dyme`, and there must be one copy of it.
     import dyme
     sys.exit(dyme.main())

@@ -2,7 +2,7 @@
 
 A response is judged in two ways. Rule-based verification says whether its answer is right (r_a of
 Eq. 6), and the thinking reward says how its thinking compares with the reference trace (r_t of
-Eq. 7). They are added up in `score` of dyme.py: to change the reward, change it there.
+Eq. 7). They are added up in `train_step` of dyme.py: to change the reward, change it there.
 """
 
 import functools

@@ -25,17 +25,17 @@ def attach(trainer: Trainer) -> None:
     if rule == "threshold":
         trainer.switch = threshold(float(value), cfg.thinking_weight)
     if rule == "anneal":
-        changes.append(lambda done: anneal(trainer, done))
+        changes.append(lambda record: anneal(trainer, record))
     if rule == "budget":
-        changes.append(lambda done: memorize_failures(trainer, done, int(value)))
+        changes.append(lambda record: memorize_failures(trainer, record, int(value)))
     if cfg.released_code:
         trainer.advantages = released_advantages
-        changes.append(lambda done: released_weights(done, cfg.generations))
+        changes.append(lambda record: released_weights(record, cfg.generations))
 
-    def weigh(done: Step) -> list[Sequence]:
+    def weigh(record: Step) -> list[Sequence]:
         for change in changes:
-            done.sequences = change(done)
-        return done.sequences
+            record.sequences = change(record)
+        return record.sequences
 
     trainer.weigh = weigh
 
@@ -53,32 +53,32 @@ def threshold(least: float, thinking_weight: float) -> Callable[[Tensor, Tensor]
     return switch
 
 
-def anneal(trainer: Trainer, done: Step) -> list[Sequence]:
+def anneal(trainer: Trainer, record: Step) -> list[Sequence]:
     """`--switch anneal`: beside exploration every target, weighted by a cosine from 1 to 0."""
-    weight = (1 + math.cos(math.pi * done.step / trainer.cfg.steps)) / 2 / trainer.cfg.prompts
+    weight = (1 + math.cos(math.pi * record.step / trainer.cfg.steps)) / 2 / trainer.cfg.prompts
     targets = []
-    for i, example in enumerate(done.examples):
+    for i, example in enumerate(record.examples):
         ids = dyme.target_ids(trainer.policy, replace(example, trace=trainer.trace(example)))
         targets.append(Sequence(i, ids, weight, False))
-    return done.sequences + targets
+    return record.sequences + targets
 
 
-def memorize_failures(trainer: Trainer, done: Step, size: int) -> list[Sequence]:
+def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequence]:
     """`--switch budget:N`: prompts that failed are buffered; N of them replace a step's own."""
     buffer = trainer.kept.setdefault("buffer", [])
-    right = (done.r_a == 1).any(dim=1)
-    failed = [example.name for i, example in enumerate(done.examples) if not right[i]]
+    right = (record.r_a == 1).any(dim=1)
+    failed = [example.name for i, example in enumerate(record.examples) if not right[i]]
     for names in parallel.gather(failed):  # every process keeps the same buffer
         buffer += names
     if len(buffer) < size:
-        return done.sequences
+        return record.sequences
     rows, own = {example.name: example for example in trainer.rows}, dyme.share(size)
     batch = [rows[name] for name in buffer[:size]][own.start:own.stop]
     del buffer[:size]
     # From here on it is a step of SFT on other prompts.
-    done.examples, done.inputs = batch, dyme.encoded(trainer, batch, None)
-    done.explore = torch.zeros(len(batch), dtype=torch.bool)
-    done.responses = []
+    record.examples, record.inputs = batch, dyme.encoded(trainer, batch, None)
+    record.explore = torch.zeros(len(batch), dtype=torch.bool)
+    record.responses = []
     targets = []
     for i, example in enumerate(batch):
         targets.append(Sequence(i, dyme.target_ids(trainer.policy, example), 1 / size, False))
@@ -91,14 +91,14 @@ def released_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return advantages.masked_fill(dyme.no_variance(rewards)[:, None], 0.0)
 
 
-def released_weights(done: Step, generations: int) -> list[Sequence]:
+def released_weights(record: Step, generations: int) -> list[Sequence]:
     """As in the release, a group that is all right is dropped, and a target weighs 1/K of a prompt.
 
     (It stands in the place of one of K responses.)
     """
     sequences = []
-    for s in done.sequences:
-        if s.explore and (done.r_a[s.prompt] == 1).all():
+    for s in record.sequences:
+        if s.explore and (record.r_a[s.prompt] == 1).all():
             sequences.append(replace(s, weight=0.0))
         else:
             sequences.append(s if s.explore else replace(s, weight=s.weight / generations))
