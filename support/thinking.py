@@ -5,12 +5,13 @@ not in the image. They are for evaluation alone; nothing here is a reward.
 """
 
 import ast
-import functools
+import math
 import operator
 import re
 from calendar import month_abbr, month_name
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
 
@@ -21,18 +22,13 @@ from reward import NUMBER, SIGNED, Example, split_response, verify
 
 
 def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
-    """Judge a held-out response.
-
-    *accuracy* wants the format, *official* takes whatever stands last, *any_format* the last word
-    or number. What needs visual facts is None without them, *valid_thinking* also where it is right
-    but the rules cannot judge its thinking.
-    """
+    """Judge a held-out response; what needs visual facts, or cannot be judged, is None without."""
     verdict = verify(response, example, finished, example.tolerance)
-    answer, (thinking, _) = reward.final_answer(response), split_response(response)
+    answer, facts = reward.final_answer(response), example.facts or ""
     scores = {name: score(answer) for name, score in example.scores.items()}
     official = scores.pop("official", reward.relaxed_match(answer, example.answer.rstrip(". ")))
-    grounded, quoted = groundedness(thinking, example.facts or "", example.question)
-    fault = thinking_fault(response, example) if example.facts else None
+    grounded, quoted = groundedness(split_response(response)[0], facts, example.question)
+    fault = thinking_fault(response, example) if facts else None
     unknown = fault is None or verdict.correct and "not judged" in fault
     return {"name": example.name, "source": example.source, "question": example.question,
             "answer": example.answer, "response": response, "parsed": verdict.answer,
@@ -40,8 +36,7 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
             "any_format": verdict.correct or ends_in(response, example.answer),
             "in_format": verdict.in_format, "finished": finished, "thinking_fault": fault,
             "valid_thinking": None if unknown else verdict.correct and not fault,
-            "grounded_numbers": grounded if example.facts else 0,
-            "quoted_numbers": quoted if example.facts else 0}
+            "grounded_numbers": grounded if facts else 0, "quoted_numbers": quoted if facts else 0}
 
 
 # The published scores of ChartQA and SLAKE are means over these parts, not over rows.
@@ -52,33 +47,29 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
     """Average judged responses, over all and by source (kind of question, or part of the data)."""
 
     def mean(key: str, rows: list[dict[str, Any]]) -> float | None:
-        values = [row[key] for row in rows if row[key] is not None]
+        values = [row[key] for row in rows if row.get(key) is not None]
         return sum(values) / len(values) if values else None
 
-    sources: dict[str, list[dict[str, Any]]] = {}
-    for row in predictions:
-        sources.setdefault(row["source"], []).append(row)
-    summary = {key: mean(key, predictions) for key in ("accuracy", "any_format", "official")}
+    rows, sources = [row | row["scores"] for row in predictions], defaultdict(list)
+    for row in rows:
+        sources[row["source"]].append(row)
+    summary = {key: mean(key, rows) for key in ("accuracy", "any_format", "official")}
     if any(sources.keys() <= part for part in PARTS):
-        parts = {f"official_{name}": mean("official", rows) or 0.0
-                 for name, rows in sorted(sources.items())}
+        parts = {f"official_{name}": mean("official", own) or 0.0
+                 for name, own in sorted(sources.items())}
         summary["official"] = sum(parts.values()) / len(parts)
         summary |= parts if len(parts) > 1 else {}
-    # A data set's own, such as multiple_choice; rows without choices have no such score.
-    for name in dict.fromkeys(name for row in predictions for name in row["scores"]):
-        summary[name] = mean(name, [row["scores"] for row in predictions if name in row["scores"]])
-    for key in ("valid_thinking", "in_format", "finished", "length"):
-        summary[key] = mean(key, predictions)
-    with_facts = [row for row in predictions if row["thinking_fault"] is not None]
-    judged = sum(row["valid_thinking"] is not None for row in with_facts)
-    summary["thinking_judged"] = judged / len(with_facts) if with_facts else None
-    quoted = sum(row["quoted_numbers"] for row in predictions)
-    grounded = sum(row["grounded_numbers"] for row in predictions)
+    own = dict.fromkeys(name for row in predictions for name in row["scores"])  # of a data set
+    for key in (*own, "valid_thinking", "in_format", "finished", "length"):
+        summary[key] = mean(key, rows)
+    judged = [r["valid_thinking"] is not None for r in rows if r["thinking_fault"] is not None]
+    summary["thinking_judged"] = sum(judged) / len(judged) if judged else None
+    grounded, quoted = (sum(r[f"{key}_numbers"] for r in rows) for key in ("grounded", "quoted"))
     summary["groundedness"] = grounded / quoted if quoted else None
-    for name, rows in sources.items() if len(sources) > 1 else []:
-        summary[f"accuracy_{name}"] = mean("accuracy", rows)
-        summary[f"any_format_{name}"] = mean("any_format", rows)
-    return summary | {"rows": len(predictions)}
+    for name, part in sources.items() if len(sources) > 1 else []:
+        for key in ("accuracy", "any_format"):
+            summary[f"{key}_{name}"] = mean(key, part)
+    return summary | {"rows": len(rows)}
 
 
 def one_line(summary: dict[str, Any]) -> str:
@@ -99,21 +90,19 @@ def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, in
 
 
 def thinking_fault(response: str, example: Example) -> str:
-    """What is wrong with a response's thinking, by rules alone; empty if it is valid.
+    """What rules find wrong with thinking: empty if it is valid, "not judged: ..." if unknown.
 
     Valid thinking quotes numbers of the image or derives them, all that it calculates is true, and
-    it ends in the answer. "not judged: ..." where the rules cannot know. Needs the example's facts.
+    it ends in the answer. Needs the example's facts.
     """
     (thinking, answers), facts = split_response(response), example.facts or ""
-    found = _relations(thinking)
+    found, quoted = _relations(thinking), quoted_numbers(thinking, facts, example.question)
     for false in [e.text for e in found if e.true is False] + _false_comparisons(thinking):
         return f"{false} is false"
-    quoted = quoted_numbers(thinking, facts, example.question)
-    for start, end, grounded in quoted:
-        if grounded is False:
-            number, misread = thinking[start:end], " ".join(thinking[:end].split()[-3:])
-            said = f"'{misread}'" if number in re.findall(NUMBER, facts) else number
-            return f"{said} is not in the image"
+    for start, end in [(a, b) for a, b, grounded in quoted if grounded is False]:
+        number, misread = thinking[start:end], " ".join(thinking[:end].split()[-3:])
+        said = f"'{misread}'" if number in re.findall(NUMBER, facts) else number
+        return f"{said} is not in the image"
     if not quoted and not found:
         return "nothing is quoted from the image"
     # A right answer may be written otherwise than the example's ("42 %" for "42").
@@ -125,17 +114,17 @@ def thinking_fault(response: str, example: Example) -> str:
     cells, names = read_facts(facts)
     asked = {names[name] for name in re.findall(_any_of(names), _typed(example.question))}
     wanted = {abs(value) for labels, value in cells if asked & labels}
-    if not unknown and wanted and not wanted & {_value(n) for n in re.findall(NUMBER, thinking)}:
-        about = f"no value of {' or '.join(sorted(asked))} is quoted"
-        return about if found else f"not judged: {about}"
+    if not unknown and wanted.isdisjoint(_values(thinking)) and wanted:
+        unknown = [f"no value of {' or '.join(sorted(asked))} is quoted"]
+        if found:
+            return unknown[0]
     return f"not judged: {unknown[0]}" if unknown else ""
 
 
 def _unused(thinking: str, found: list["Equation"], answer: str) -> list[str]:
     """Equations whose result is neither used nor the answer: arithmetic for its own sake?"""
     wanted, unused = abs(reward.parse_number(answer) or 0.0), []
-    counts = Counter([_value(n) for n in re.findall(NUMBER, thinking)])
-    counts += Counter([x for e in found for x in e.operands])
+    counts = Counter(_values(thinking) + [x for e in found for x in e.operands])
     for e in found if wanted else []:  # in words, an answer need not follow from numbers alone
         size, percent = abs(e.result), round(abs(100 * e.result), 6)
         own = e.text.count(f"{size:g}") + e.operands.count(size)
@@ -160,12 +149,12 @@ def concludes(thinking: str, answer: str) -> bool:
     if reward.parse_number(answer) is not None:
         last = next((s for s in reversed(sentences) if re.search(r"\d", s)), "")
         last = re.split(r"\b(?:where|because|since)\b", last)[0]
-        said = re.split(r"\b(?:so|thus|hence|therefore|answer|conclusion)\b", last)[-1]
-        numbers = re.findall(rf"(?:{SIGNED}) ?%?", said)
-        numbers = numbers if said != last else numbers[-1:]
+        _, *said = re.split(r"\b(?:so|thus|hence|therefore|answer|conclusion)\b", last)
+        numbers = re.findall(rf"(?:{SIGNED}) ?%?", said[-1] if said else last)
+        numbers = numbers if said else numbers[-1:]
         return any(reward.answers_match(n, answer) for n in numbers) or ends_in(thinking, answer)
     if answer in ("yes", "no"):
-        return not re.search({"yes": r"\bno\b", "no": r"\byes\b"}[answer], last)
+        return not re.search(r"\bno\b" if answer == "yes" else r"\byes\b", last)
     items = answer.strip("[]").split(",") if reward.is_list(answer) else [answer]
     return all(re.search(rf"(?<!\w){re.escape(reward.plain(item))}(?!\w)", last) for item in items)
 
@@ -183,7 +172,7 @@ def ends_in(text: str, answer: str) -> bool:
 
 # ---- Numbers that a trace quotes -----------------------------------------------------------------
 
-MARKS = r"</?[A-Za-z]\w*>|[$€£¥]|\*\*|^[ \t]{0,9}[-*](?=\s)"  # tags, currency, bold, a list's dash
+MARKS = r"(?m)</?[A-Za-z]\w*>|[$€£¥]|\*\*|^[ \t]{0,9}[-*](?=\s)"  # tags, currency, bold, dashes
 MORE = "more|less|fewer|taller|shorter|higher|lower|greater|larger|smaller|bigger"
 # Between a name and its value: "In 2015 the value is 12", "January's, at -3.5", "(red) = 4".
 LINK = (r"(?:\s|[:=()']|,(?= (?:at|with) )|\b(?:is|was|are|has|have|had|reads?|shows?|with|at|an?"
@@ -199,17 +188,27 @@ CUES = (rf"\b(?:{MORE}|together|total|sum|altogether|combined|differ\w*|gap|twic
 STEP = r"\b(?:step|part|no\.?) \||#\||\|(?:st|nd|rd|th)\b|(?:^|\n) *\|[.)] \S"
 COUNT = (rf"\| (?!(?:and|or|so|is|are|was|from|with|for|to|in|as|at|which|because|but|{MORE}"
          r"|plus|minus|times|divided|multiplied|equals|percent|\w+illion|thousand)\b)[a-z]{3}")
+MONTHS = dict(zip(map(str.lower, [*month_abbr, *month_name]),
+                  map(str.lower, [*month_name, *month_abbr]), strict=True))
+
+
+def _padded(pattern: str, sign: str, text: str) -> str:
+    """Put a sign for what matches, and spaces before it: all else stays in its place."""
+    return re.sub(pattern, lambda match: sign.rjust(len(match[0])), text)
 
 
 def _typed(text: str) -> str:
     """Lower case and plain signs, without marks; of the same length."""
-    text = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    text = text.translate(str.maketrans("−–×·÷’≈", "--**/'="))
-    return re.sub(MARKS, functools.partial(_pad, " "), text, flags=re.MULTILINE)
+    text = text.replace("İ", "I").lower()  # the one letter that is two in lower case
+    return _padded(MARKS, " ", text.translate(str.maketrans("−–×·÷’≈", "--**/'=")))
 
 
 def _value(text: str) -> float:
     return round(float(text.replace(",", "")), 6)
+
+
+def _values(text: str, pattern: str = NUMBER) -> list[float]:
+    return [_value(number) for number in re.findall(pattern, text)]
 
 
 def read_facts(facts: str) -> tuple[list[tuple[set[str], float]], dict[str, str]]:
@@ -229,10 +228,8 @@ def read_facts(facts: str) -> tuple[list[tuple[set[str], float]], dict[str, str]
             if pair and not (is_table and i == 0):
                 labels = {parts[0], *header[i:i + 1]} if is_table else {row.strip(), pair[1]}
                 cells.append((labels - {""}, _value(pair[2])))
-    months = [*zip(month_abbr, month_name, strict=True), *zip(month_name, month_abbr, strict=True)]
-    names = {name for labels, _ in cells for name in labels}
-    also = {b.lower(): a.lower() for a, b in months if a.lower() in names}
-    return cells, also | {name: name for name in names}
+    names = {name: name for labels, _ in cells for name in labels}
+    return cells, {MONTHS[name]: name for name in names if name in MONTHS} | names
 
 
 def _any_of(names: dict[str, str]) -> str:
@@ -248,16 +245,15 @@ def _readings(text: str, facts: str) -> dict[int, bool]:
              rf"{name}({LINK}{{0,12}}?)({SIGNED})")
     for m in re.finditer(rf"{named}|(?<![\d.,])({SIGNED}) ?\({name}\)", text):
         number, end, link = m[4] or m[5], m.end(4) if m[4] else m.end(5), m[3] or ""
-        labels, nearest = {names[n] for n in (m[1], m[2], m[6]) if n}, {names[m[2] or m[6]]}
         before = text[max(0, m.start() - 30):m.start()]
-        says = re.search(r"[=:]|\b(?:is|was|are|has|have|had)\b", link)
         # The sum of two bars, or what one has more than another, is no bar's height.
-        if link.endswith("in ") or says and (
+        if link.endswith("in ") or re.search(r"[=:]|\b(?:is|was|are|has|have|had)\b", link) and (
                 re.match(RELATIVE, text[end:end + 30]) or re.search(OTHER, before)
                 or re.search(rf"{CUES}\W+(?:\w+ ){{0,2}}$", before)):
             continue
-        values = [v for own, v in cells if labels <= own]
-        values = values or [v for own, v in cells if nearest <= own]
+        labels, nearest = {names[n] for n in (m[1], m[2], m[6]) if n}, {names[m[2] or m[6]]}
+        values = ([v for own, v in cells if labels <= own]
+                  or [v for own, v in cells if nearest <= own])
         right = any(_value(number) in (v, round(v, len(number.partition(".")[2]))) for v in values)
         if right or number not in names:  # "in 2015 and 2017"
             found[end] = right
@@ -273,38 +269,38 @@ def quoted_numbers(thinking: str, facts: str,
     it may follow but no word says so. What the question gives, steps and counts are not quoted.
     """
     text, equations = _typed(thinking), _relations(thinking)
-    readings = _readings(text, facts)
-    shown = [_value(n) for n in re.findall(SIGNED, _typed(facts))]
-    known = {round(value, digits) for value in shown for digits in (0, 1, 2, 6)}
-    given = {_value(n) for n in re.findall(NUMBER, question)} - {abs(value) for value in known}
-    many, how_many = len(read_facts(facts)[0]), "how many" in question.lower()
+    readings, many = _readings(text, facts), len(read_facts(facts)[0])
+    known = {round(value, digits) for value in _values(_typed(facts), SIGNED)
+             for digits in (0, 1, 2, 6)}
+    given = {*_values(question)} - {abs(value) for value in known}
     known |= _derived(equations, {abs(value) for value in known} | given, many)
     places = {i: e for span, e in {e.span: e for e in equations}.items() for i in range(*span)}
     found: list[tuple[int, int, bool | None]] = []
     recent: tuple[float, ...] = ()
     for m in re.finditer(SIGNED, text):
         number, end, place, value = m[0].lstrip("-"), m.end(), places.get(m.start()), _value(m[0])
+        around = f"{text[max(0, m.start() - 9):m.start()]}|{text[end:end + 20]}"
+        is_count = number.isdecimal() and value <= many and (
+            "how many" in question.lower() or re.search(COUNT, around))
         grounded = readings.get(end)
-        if grounded is None:
-            around = f"{text[max(0, m.start() - 9):m.start()]}|{text[end:end + 20]}"
-            is_count = number.isdecimal() and value <= many and (
-                how_many or re.search(COUNT, around))
-            if abs(value) in given or not place and (is_count or re.search(STEP, around)):
-                continue
-            if value in known or (place or value > 0) and {-value, abs(value)} & known:
-                grounded = True
-            elif place and place.true is not None or not any(
-                    _rounds(x, number) for x in _one_step(recent)):
-                grounded = False
-            elif re.search(CUES, question.lower() + text[max(0, m.start() - 60):end + 30]):
-                grounded = True
+        if grounded is not None:
+            pass
+        elif abs(value) in given or not place and (is_count or re.search(STEP, around)):
+            continue
+        elif value in known or (place or value > 0) and {-value, abs(value)} & known:
+            grounded = True
+        elif place and place.true is not None or not any(
+                _rounds(x, number) for x in _one_step(recent)):
+            grounded = False
+        elif re.search(CUES, question.lower() + text[max(0, m.start() - 60):end + 30]):
+            grounded = True
         if grounded and abs(value) not in recent:
             recent = (abs(value), *recent[:5])
         found.append((end - len(number), end, grounded))
     return found
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _one_step(known: tuple[float, ...]) -> list[float]:
     """What follows from one, two or all of these numbers by a step of arithmetic."""
     results = [sum(known), sum(known) / max(1, len(known)), 50, 100 / 3, 25]  # "a third is 33 %"
@@ -337,7 +333,7 @@ def equations(thinking: str) -> list[Equation]:
     return [equation for equation in _relations(thinking) if equation.true is not None]
 
 
-# What makes a text calculation: operators as signs, no units, list commas and full stops apart.
+# What makes text calculation: operators as signs, no units; apart are list commas and full stops.
 UNIT = (r"(?:/ ?[a-z]{2,}| \([a-z ]{1,30}\)"
         r"| (?!(?:and|so|of|because|which|that|if|or|as|is|are|gives)\b)[a-z]{2,})")
 CALCULATION = {
@@ -347,7 +343,7 @@ CALCULATION = {
     r"(?<=[a-z])/(?=\d)": "@", rf"(?<=[\d)%]){UNIT}{{1,4}}(?= {{0,3}}[-+*/=)])": "",
     r"(?<=\d) and +(?=\d+/\d)": "",  # 1 and 1/3
     r"(?<=[\d)%]) (?:is|are|makes?|gives?)(?= +-?[\d.])": "≡", r"(?<=[=≡]) ?- (?=[\d.])": "-",
-    **{rf"(?<=\b{d}) (?=\d{{3}}(?!\d|\.\d))": "," for d in (r"\d", r"\d\d", r"\d\d\d")},  # 350 000
+    r"(?<=\d) (?=\d{3}(?!\d|\.\d))(?<!\d{4} )": ",",  # 350 000
     r",(?!\d{3}(?!\d))|\.(?!\d)": ";"}
 OPERAND = rf"(?:\( ?){{0,4}}-?(?:\d{{1,2}} {{1,7}}\d/\d+|{NUMBER})%?(?: ?\)){{0,4}}"
 EXPRESSION = rf"(?:(?<![\w)%])-)?{OPERAND}(?:(?: *[-+*/^] *-?|(?=\()){OPERAND})*"
@@ -356,13 +352,12 @@ OPERATOR = r"[\d)%] *[-+*/^]|\d\("
 BEFORE = r"(?:[\w)%] *- *(?:[a-z]+ )?|[*/+^@][ ;]*(?:[a-z]+ )?|\d[:;]|\) +).$|\d \($"
 
 
-@functools.lru_cache(maxsize=4)  # judging one response asks for them three times
+@lru_cache(maxsize=4)  # judging one response asks for them three times
 def _relations(thinking: str) -> list[Equation]:
     text, found, in_chain = _typed(thinking), [], False
     for pattern, sign in CALCULATION.items():
-        text = re.sub(pattern, functools.partial(_pad, sign), text)
-    terms = [*re.finditer(EXPRESSION, text), re.compile("$").search(text, len(text))]
-    for a, b in pairwise(filter(None, terms)):
+        text = _padded(pattern, sign, text)
+    for a, b in pairwise(re.finditer(rf"{EXPRESSION}|\Z", text)):
         link = text[a.end():b.start()].strip()
         # Without a bracket that is closed elsewhere: `(3 + 4 = 7)`.
         left, right = (re.sub(r"^\(([^()]*)$|^([^()]*)\)$", r"\1\2", side[0]) for side in (a, b))
@@ -377,24 +372,19 @@ def _relations(thinking: str) -> list[Equation]:
                   or re.match(r"[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]|;;", after))
         true = None if unread else _equal(side, number, after)
         # `ages 18-29 = 42`, `half of 60 is 60 / 2` and `2 hours = 120 minutes` state values.
-        bounds = re.fullmatch(r"(\d\d+)( ?)- ?(\d\d+)", side)
-        if true is False and (not by_left or link == "≡" and by_right or bounds and (
-                _value(bounds[1]) < _value(bounds[3])) and (link == "≡" or not bounds[2]
-                and text[max(0, a.start() - 2):a.start()].strip()[-1:].isalpha())):
+        bounds = re.fullmatch(r"(\d\d+)-(\d\d+)", side)
+        if true is False and (not by_left or link == "≡" and by_right
+                              or bounds and int(bounds[1]) < int(bounds[2])):
             continue
-        parts = re.findall(rf"([/^]?) ?({NUMBER})", side)
         said = f"{left} = {right if in_chain else '?'}".replace(",", "")
         said = " ".join(re.findall(rf"{NUMBER}|\S", said))
-        operands = [_value(n) for mark, n in parts if not mark]
-        divisors = [_value(n) for mark, n in parts if mark]
-        others = [_value(n) for n in re.findall(NUMBER, number)]
+        parts = re.findall(rf"([/^]?) ?({NUMBER})", side)
+        operands, divisors = ([_value(n) for mark, n in parts if bool(mark) is is_divisor]
+                              for is_divisor in (False, True))
         result = round(max(_worth(number), default=0.0), 6)
-        found.append(Equation(said, operands, divisors, others, result, true, (a.start(), b.end())))
+        found.append(Equation(said, operands, divisors, _values(number), result, true,
+                              (a.start(), b.end())))
     return found
-
-
-def _pad(sign: str, match: re.Match[str]) -> str:
-    return sign.rjust(len(match[0]))
 
 
 def _equal(side: str, number: str, after: str) -> bool | None:
@@ -425,7 +415,7 @@ def _worth(side: str) -> set[float]:
 def _rounds(value: float, number: str, rough: bool = True) -> bool:
     """Is it the number, or rounded or cut off to its digits? Sums of whole numbers are exact."""
     written, digits = _value(number.rstrip("%")), len(number.rstrip("%").partition(".")[2])
-    if abs(value - written) <= 1e-6 * max(1.0, abs(value)):
+    if math.isclose(value, written, rel_tol=1e-6, abs_tol=1e-6):
         return True
     if value * written < 0 or abs(round(value, digits) - value) < 1e-9 or not (digits or rough):
         return False
@@ -444,22 +434,24 @@ def _derived(found: list[Equation], known: set[float], many: int) -> set[float]:
     return derived
 
 
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.Pow: math.pow}
+
+
 def _arithmetic(expression: str) -> float | None:
     """Value of `+ - * / **` on plain numbers, else None; the text is parsed, never executed."""
-    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                 ast.Div: operator.truediv, ast.Pow: lambda a, b: a ** b if abs(b) < 10 else 1 / 0}
 
     def value(node: ast.AST) -> float:
-        if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return float(node.value)
+        match node:
+            case ast.BinOp(left, op, right):
+                return OPERATORS[type(op)](value(left), value(right))
+            case ast.UnaryOp(ast.USub(), operand):
+                return -value(operand)
+            case ast.Constant(int() | float() as number):
+                return float(number)
         raise ValueError("not arithmetic")
 
     try:
-        result = value(ast.parse(expression.strip(), mode="eval").body)
-        return result if isinstance(result, float) else None  # (-8) ** 0.5 is complex
-    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, LookupError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         return None
