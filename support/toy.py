@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ from PIL import Image, ImageDraw
 from reward import FLAG, Example, reference_response
 
 BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the toy start from
-
-COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00", "purple": "#823cb4",
-          "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
-SPLITS = {"train": (0, 2048), "val": (4096, 512), "test": (4608, 1024)}  # the first chart, and how many
+COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00",
+          "purple": "#823cb4", "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
+SPLITS = {"train": (0, 2048), "val": (4096, 512), "test": (4608, 1024)}  # first chart, how many
 QUESTIONS = {  # kind: question, goal in a trace
     "value": ("What is the value of {a}?", "value of {a}"),
     "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}"),
     "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}"),
     "tallest": ("Which bar is the tallest?", "tallest bar"),
-    "shortest": ("Which bar is the shortest?", "shortest bar"),
-}
-UNGROUNDED = {"high": 0.0, "medium": 0.35, "low": 0.7}  # share of traces that quote values not in the image
+    "shortest": ("Which bar is the shortest?", "shortest bar")}
+# The share of traces, by their quality, that quote values not in the image.
+UNGROUNDED = {"high": 0.0, "medium": 0.35, "low": 0.7}
 
 
 @dataclass
@@ -48,13 +47,14 @@ class Chart:
         return ", ".join(f"{name} {value}" for name, value in self.values.items())
 
 
-def random_charts(seed: int | list[int], count: int, without: Iterable[str] = ()) -> Iterator[Chart]:
-    """Yield `count` different charts, deterministic from the seed, none with the facts `without`."""
+def random_charts(seed: int | list[int], count: int, without: Collection[str] = ()
+                  ) -> Iterator[Chart]:
+    """Yield `count` different charts, the same for a seed, none with the facts `without`."""
     rng, seen = np.random.default_rng(seed), set(without)
-    count += len(seen)
-    while len(seen) < count:
-        names, values = rng.choice(list(COLORS), 4, replace=False), 1 + rng.choice(9, 4, replace=False)
-        chart = Chart(dict(zip(names.tolist(), values.tolist(), strict=True)))
+    while len(seen) < count + len(without):
+        names = rng.choice(list(COLORS), 4, replace=False).tolist()
+        values = (1 + rng.choice(9, 4, replace=False)).tolist()
+        chart = Chart(dict(zip(names, values, strict=True)))
         if chart.facts() not in seen:
             seen.add(chart.facts())
             yield chart
@@ -62,16 +62,14 @@ def random_charts(seed: int | list[int], count: int, without: Iterable[str] = ()
 
 def answer_to(kind: str, bars: list[str], values: dict[str, int]) -> str:
     """The answer to a question of this kind about these bars, if they had these values."""
+    if kind in ("tallest", "shortest"):
+        return (max if kind == "tallest" else min)(bars, key=values.__getitem__)
     first, second = values[bars[0]], values[bars[-1]]
-    numbers = {"value": first, "sum": first + second, "difference": first - second}
-    if kind in numbers:
-        return str(numbers[kind])
-    return (max if kind == "tallest" else min)(bars, key=values.__getitem__)
+    return str({"value": first, "sum": first + second, "difference": first - second}[kind])
 
 
 def ask(kind: str, values: dict[str, int], a: str, b: str) -> tuple[str, str, str, list[str], str]:
-    """Ask about a chart: (question, goal, answer, the bars to look at, the working with `{bar}` for values).
-    """
+    """Ask about a chart: (question, goal, answer, bars to look at, working with `{bar}` in it)."""
     question, goal = (text.format(a=a, b=b) for text in QUESTIONS[kind])
     bars = {"value": [a], "sum": [a, b], "difference": [a, b]}.get(kind, list(values))
     answer = answer_to(kind, bars, values)
@@ -97,28 +95,29 @@ def trace(goal: str, bars: list[str], values: dict[str, int], working: str, answ
 
 
 def make_examples(split: str, traces: str = "low") -> list[Example]:
-    """Make a toy split: one question per chart, with its facts and a thinking trace of the given quality.
+    """Make a toy split: a question for each chart, with its facts and a trace of such quality.
 
-    Some traces of lower quality are pseudo thinking: fluent, in the right form and with the right answer, but
-    the values that they quote are not in the image. Where it can, the answer follows from these values, so that
-    only the image gives them away. No chart is in two splits.
+    Some traces of lower quality are pseudo thinking: fluent and with the right answer, which where
+    it can follows from the values quoted, but these are not in the image. No two splits share one.
     """
     first, count = SPLITS[split]
-    charts = itertools.islice(random_charts(seed=1, count=first + count), first, None)
+    charts = itertools.islice(random_charts(1, first + count), first, None)
     rng, examples = np.random.default_rng([2, first]), []
     for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(QUESTIONS), strict=False)):
-        a, b = two_bars(kind, chart.values, rng)
-        question, goal, answer, bars, working = ask(kind, chart.values, a, b)
-        absent = rng.permutation([v for v in range(1, 10) if v not in chart.values.values()]).tolist()
-        quoted = chart.values
+        values = chart.values
+        question, goal, answer, bars, working = ask(kind, values, *two_bars(kind, values, rng))
+        absent = rng.permutation([v for v in range(1, 10) if v not in values.values()]).tolist()
         if rng.random() < UNGROUNDED[traces]:
-            drawn = [dict(zip(bars, v, strict=True)) for v in itertools.permutations(absent, len(bars))]
-            quoted = next((d for d in drawn if answer_to(kind, bars, d) == answer), drawn[0])
-        written = trace(goal, bars, quoted, working, answer)
+            drawn = [dict(zip(bars, v, strict=True))
+                     for v in itertools.permutations(absent, len(bars))]
+            values = next((d for d in drawn if answer_to(kind, bars, d) == answer), drawn[0])
+        written = trace(goal, bars, values, working, answer)
         name = f"toy {split} row {i}"
         examples.append(Example(question, answer, chart.draw, written, chart.facts(), kind, name))
     return examples
 
+
+# ---- Lessons for the base ------------------------------------------------------------------------
 
 LESSONS = (
     "I see {and}. Here {working}, so the result is {answer}.",
@@ -126,29 +125,26 @@ LESSONS = (
     "The chart has {list}. As {working}, this gives {answer}.",
     "Bars: {list}.\nWorking: {working}.\nResult: {answer}.",
     "First look: {and}.\nThen think: {working}.\nSo {answer}.",
-    "Wanted: {goal}. The image has {list}; now {working}, hence {answer}.",
-)
-
-
+    "Wanted: {goal}. The image has {list}; now {working}, hence {answer}.")
 KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: sum, difference
 
 
 def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
     """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
 
-    What learns from them reads any bar and calculates with any two numbers, but never has to put the two
-    together: sums and differences of bars are missing. The reasoning is in other wordings than the traces,
-    and but for a share `flagged` it ends without the flag. No chart is one of the toy's own.
+    What learns from them reads any bar and calculates with any two numbers, but never puts the two
+    together. The wordings are not those of the traces, and but for a share `flagged` there is no
+    flag. No chart is one of the toy's own.
     """
     rng = np.random.default_rng([3, seed])
-    reserved = {chart.facts() for chart in random_charts(1, max(map(sum, SPLITS.values())))}
+    reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}
     charts = random_charts([4, seed], count, reserved)
     for chart, kind in zip(charts, itertools.cycle(KNOWN_KINDS), strict=False):
         task = rng.random()
         if task < 0.3:
             question, response, answer = calculation_lesson(rng)
         elif task < 0.51:
-            question, response, answer = description_lesson(chart, rng)
+            question, response, answer = *description_lesson(chart, rng), ""
         else:
             question, response, answer = question_lesson(chart, kind, rng)
             question = prompt.format(question=question)
@@ -162,42 +158,42 @@ def calculation_lesson(rng: np.random.Generator) -> tuple[str, str, str]:
     a, b = (1 + rng.integers(9, size=2)).tolist()
     working, result = f"{a} + {b}", a + b
     if a != b and rng.random() < 0.5:
-        a, b = max(a, b), min(a, b)
-        working, result = f"{a} - {b}", a - b
+        working, result = f"{max(a, b)} - {min(a, b)}", abs(a - b)
     return f"Calculate {working}.", f"{working} = {result}.", str(result)
 
 
-def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Read some bars, in the order asked for: request, response, and no result."""
+def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str]:
+    """Read some bars, in the order asked for: request and response."""
     if rng.random() < 1 / 3:
-        return "Describe the chart.", f"{chart.facts()}.", ""
+        return "Describe the chart.", f"{chart.facts()}."
     bars = rng.permutation(list(chart.values)).tolist()[:rng.integers(1, 5)]
-    described = ", ".join(f"{bar} {chart.values[bar]}" for bar in bars)
-    return f"Describe {', '.join(bars)}.", f"{described}.", ""
+    described = Chart({bar: chart.values[bar] for bar in bars}).facts()
+    return f"Describe {', '.join(bars)}.", f"{described}."
 
 
 def question_lesson(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
     """A question of a known kind, reasoned through in one of the lessons' wordings."""
-    question, goal, answer, bars, working = ask(kind, chart.values, *two_bars(kind, chart.values, rng))
+    asked = ask(kind, chart.values, *two_bars(kind, chart.values, rng))
+    question, goal, answer, bars, working = asked
     read = [f"{bar} {chart.values[bar]}" for bar in bars]
     parts = {"and": " and ".join(read), "list": ", ".join(read), "goal": goal, "answer": answer,
              "working": working.format(**chart.values)}
     return question, LESSONS[rng.integers(len(LESSONS))].format(**parts), answer
 
 
-# ---- The toy's model: a tiny VLM of SmolVLM's architecture ----------------------------------------
+# ---- The toy's model: a tiny VLM of SmolVLM's architecture ---------------------------------------
 
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>",
-                "<image>", "<global-img>"]
-WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along, so that decoding is joining
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>",
+                  "<fake_token_around_image>", "<image>", "<global-img>"]
+WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along: decoding is joining
 
 
 def vocabulary(prompt: str) -> list[str]:
-    """The tiny model's vocabulary: all words of the toy's questions in `prompt`, lessons and traces."""
-    examples = make_examples("train", "high")[:50]
+    """All words of the toy's questions in `prompt`, lessons and traces."""
     texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
-    texts += [text for e in examples for text in (e.question, reference_response(e))]
-    texts += [text for e, response in lessons(0, 500, 0.5, prompt) for text in (e.question, response)]
+    rows = [(e, reference_response(e)) for e in make_examples("train", "high")[:50]]
+    for example, response in itertools.chain(rows, lessons(0, 500, 0.5, prompt)):
+        texts += [example.question, response]
     words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
     return SPECIAL_TOKENS + sorted(words)
 
@@ -206,17 +202,19 @@ def build_model(seed: int, words: list[str]) -> Any:
     """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # their places in the tokenizer's list
-    # The default initializer_range of 0.02 is far too small for such widths: some seeds never learn to see.
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                  "image_size": 64, "patch_size": 16, "initializer_range": 0.08}
-    text = dict(model_type="llama", vocab_size=len(words), hidden_size=96, intermediate_size=256,
-                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
-                max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True, **ids)
+    # The default initializer_range of 0.02 is too small for such widths: some seeds never see.
+    both = {"num_attention_heads": 4, "initializer_range": 0.08}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # places in SPECIAL_TOKENS
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "image_size": 64, "patch_size": 16, **both}
+    text = {"model_type": "llama", "vocab_size": len(words), "hidden_size": 96,
+            "intermediate_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 4,
+            "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": True,
+            **both, **ids}
     torch.manual_seed(seed)
     return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
-        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True, vision_config=vision,
-        text_config=text, **ids), dtype=torch.float32)
+        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True,
+        vision_config=vision, text_config=text, **ids), dtype=torch.float32)
 
 
 def build_processor(words: list[str]) -> Any:
@@ -224,17 +222,15 @@ def build_processor(words: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.idefics3 import Idefics3Processor
-    from transformers.models.idefics3 import (
-        image_processing_pil_idefics3 as pil_idefics3,
-    )
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end_of_utterance>",
-        additional_special_tokens=SPECIAL_TOKENS[2:])
-    images = pil_idefics3.Idefics3ImageProcessorPil(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        eos_token="<end_of_utterance>", additional_special_tokens=SPECIAL_TOKENS[2:])
+    images = Idefics3ImageProcessorPil(
         do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
     template = (
         "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
