@@ -13,7 +13,7 @@ import copy
 import math
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,9 +94,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_sampling(policy: Policy) -> Counter[str]:
+def time_sampling(policy: Policy) -> dict[str, float]:
     """Count the seconds that prompts, and images in them, take in sampling from now on."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def hook(name: str, sign: int) -> Callable[..., None]:
         def count(_: Any, __: Any, kwargs: dict[str, Any], *___: Any) -> None:

@@ -43,7 +43,7 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
 PARTS = ({"human", "augmented"}, {"open", "closed"})
 
 
-def summarise(predictions: list[dict[str, Any]]) -> dict[str, float | None]:
+def summarise(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """Average judged responses, over all and by source (kind of question, or part of the data)."""
 
     def mean(key: str, rows: list[dict[str, Any]]) -> float | None:

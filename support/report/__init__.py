@@ -47,6 +47,7 @@ CHARTS = (  # section, title, unit, key; axis: of a share from 0 to 1, "top" fro
     (OTHER, "Learning rate", "as used in the step", "lr", ""),
     (OTHER, "KL", "to the reference policy, with --beta", "kl", ""),
     (OTHER, "Step time", "seconds", "seconds", ""))
+KINDS_OF_NUMBER = {True: "yes", False: "no", None: ""}  # None: not judged
 STEP_KEYS = [key for section, _, _, key, _ in CHARTS if section != HELD_OUT]
 SCORES = {"accuracy": "accuracy", "valid_thinking": "valid thinking",
           "thinking_judged": "thinking that rules can judge", "in_format": "in the format",
@@ -60,9 +61,8 @@ def write_page(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     parser.add_argument("--out", default="", metavar="X", help="the page [report.html]")
     args = parser.parse_args(argv)
-    folders = list(dict.fromkeys(map(Path, args.runs)))
+    folders, runs, notes = list(dict.fromkeys(map(Path, args.runs))), [], []
     alike = len({folder.name for folder in folders} - {""}) < len(folders)
-    runs, notes = [], []
     for folder in folders:
         try:
             runs.append(read_run(folder, str(folder) if alike else folder.name))
@@ -77,9 +77,9 @@ def write_page(argv: list[str]) -> None:
     text = json.dumps(page_content(runs, notes), separators=(",", ":"), allow_nan=False)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # Within a script element only `<` could end it; JSON may write it as an escape.
-    page = page.replace("DATA", text.replace("<", "\\u003c"), 1).replace("RUNS", mark, 1)
-    files.write_atomically(out, page)
-    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+    text = text.replace("<", "\\u003c")
+    files.write_atomically(out, page.replace("DATA", text, 1).replace("RUNS", mark, 1))
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
@@ -87,7 +87,7 @@ def check_out(out: Path, mark: str, asked: bool) -> None:
     """Raise UserError rather than replace what is no page or, unasked, a page of other runs."""
     if out.is_symlink() or not out.is_file():
         return  # what is no file, `write_atomically` does not replace
-    text = out.read_bytes().decode("utf-8", "replace")
+    text = out.read_text(encoding="utf-8", errors="replace")
     if MARK not in text and (text or out.suffix != ".html"):
         raise UserError(f"--out {out}: holds something other than a report; name another file")
     if MARK in text and mark not in text and not asked:
@@ -100,9 +100,9 @@ def page_content(runs: list[Run], notes: list[str]) -> Row:
     shown = [describe_run(run, shelf, ANSWERS // len(runs) + 1) for run in runs]
     stories = [told for i, run in enumerate(runs) if (told := story.tell(run, shown, i))]
     stories.sort(key=lambda told: shown[told["run"]]["mode"] != "dyme")  # the paper's method first
-    for run in runs:
-        if lost := [f"{count} of {file}" for file, count in run.lost.items() if count]:
-            notes.append(f"{run.name}: damaged records are left out: {', '.join(lost)}")
+    notes += [f"{run.name}: damaged records are left out: "
+              + ", ".join(f"{count} of {file}" for file, count in run.lost.items() if count)
+              for run in runs if run.lost.total()]
     content = {"summary": f"Runs: {', '.join(str(run.folder) for run in runs)}", "notes": notes,
                "headline": story.headline(runs), "stories": stories, "charts": charts(runs, shown),
                "table": result_table(runs), "runs": shown}
@@ -119,9 +119,9 @@ class Shelf:
     def rows(self, cfg: Row, split: str) -> dict[str, Example]:
         """A split of a run's data, by the names of its rows; empty if it is not at hand."""
         source = (cfg["data"], split, cfg["traces"], cfg["augmented"], cfg["hints"])
-        if source not in self.sets:
-            self.sets[source] = {}
-            with contextlib.suppress(Exception):  # of any kind: the page can do without
+        with contextlib.suppress(Exception):  # of any kind: the page can do without
+            if source not in self.sets:
+                self.sets[source] = {}
                 self.sets[source] = {one.name: one for one in data.load_data(*source)}
         return self.sets[source]
 
@@ -172,11 +172,10 @@ def describe_group(cfg: Row, group: Row, shelf: Shelf) -> Row:
 
 def mark(text: str | None, facts: str | None, question: str) -> list[list[str]]:
     """A text in parts: (text, kind); kind is yes or no for numbers of its thinking, true or not."""
-    text = text or ""
-    parts, end, thinking = [], 0, re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
+    text, parts, end = text or "", [], 0
+    thinking = re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
     for start, stop, grounded in quoted_numbers(thinking, facts, question) if facts else ():
-        kind = "" if grounded is None else "yes" if grounded else "no"  # None: not judged
-        parts += [[text[end:start], ""], [text[start:stop], kind]]
+        parts += [[text[end:start], ""], [text[start:stop], KINDS_OF_NUMBER[grounded]]]
         end = stop
     return [part for part in [*parts, [text[end:], ""]] if part[0]]
 
@@ -185,8 +184,8 @@ def answers(run: Run, shelf: Shelf, most: int) -> list[Row]:
     """At most so many held-out responses, of the base and of the end; those that changed first."""
     base = {(row["name"], row["question"]): row for row in run.before}
     pairs = [(old, new) for new in run.after if (old := base.get((new["name"], new["question"])))]
-    changed, alike = ([pair for pair in pairs if (pair[0]["accuracy"] != pair[1]["accuracy"]) is so]
-                      for so in (True, False))
+    changed = [(old, new) for old, new in pairs if old["accuracy"] != new["accuracy"]]
+    alike = [(old, new) for old, new in pairs if old["accuracy"] == new["accuracy"]]
     changed = data.spread(changed, most * 3 // 4 + 1)
     found = []
     for pair in changed + data.spread(alike, most - len(changed)):

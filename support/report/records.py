@@ -47,28 +47,26 @@ def fitted(value: Any, shape: Any) -> Any:
 
 
 def read(file: Path, shape: Row, numbers: bool = False) -> tuple[list[Row], int]:
-    """The rows of a .jsonl file that fit, by step, and how many rows and values do not.
+    """What a shape names of the rows of a .jsonl file, by step, and how much does not fit.
 
-    Of a row, what the shape names is kept, and with `numbers` all its other numbers.
+    With `numbers` a row's other numbers are kept as well.
     """
     rows, lost = [], 0
-    try:  # a folder, or a device that might never end, is one damaged row
-        lines = file.read_bytes().split(b"\n") if file.is_file() else [b"?"] * file.exists()
+    try:
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
     except OSError:
-        lines = [b"?"]
+        lines = [b"?"]  # such as a folder
     for line in filter(bytes.strip, lines):
         try:
             row = json.loads(line.decode())
-            kept = fitted(row, shape)
+            rows.append(fitted(row, shape))
         except (ValueError, RecursionError):  # such as a line that a crash cut short
             lost += 1
             continue
-        rows.append(kept)
-        for key, value in row.items() if numbers else ():
-            if fits(value, float) and len(key) < 200:
-                kept[key] = value
-            elif key not in shape and value is not None:
-                lost += 1
+        more = {k: v for k, v in row.items() if numbers and k not in shape and v is not None}
+        known = {key: value for key, value in more.items() if fits(value, float)}
+        rows[-1] |= known
+        lost += len(more) - len(known)
     return sorted(rows, key=lambda row: row.get("step", 0)), lost
 
 
@@ -93,7 +91,6 @@ def read_run(folder: Path, name: str) -> Run:
     if wrong := [key for key, shape in CONFIG.items() if not fits(cfg[key], shape)]:
         raise UserError(f"{folder / 'config.json'}: `{wrong[0]}` is {str(cfg[wrong[0]])[:60]}")
     cfg["prompts"] = max(1, cfg["prompts"])
-
     cfg["by_eq_6"] = cfg["mode"] == "dyme" and cfg["switch"] == "any-correct"
     cfg["helper_rates"] = bool(cfg["helper_url"]) and not cfg["no_checker"]  # r_t is the helper's
 
@@ -101,13 +98,13 @@ def read_run(folder: Path, name: str) -> Run:
         found, lost[f"{file}.jsonl"] = read(folder / f"{file}.jsonl", shape, numbers)
         return found
 
-    groups, evaluations = rows("samples", GROUP), rows("evaluations", STEP, numbers=True)
+    groups, metrics = rows("samples", GROUP), rows("metrics", STEP, numbers=True)
     for group in groups:
         group["right"] = sum(response["r_a"] > 0 for response in group["responses"])
         group["explores"] = group["mode"] in ("exploration", "both")
-    metrics = rows("metrics", STEP, numbers=True)
     for row in metrics:
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
+    evaluations = rows("evaluations", STEP, numbers=True)
     last = evaluations[-1]["step"] if evaluations else 0
     return Run(name, folder, cfg, metrics, evaluations, groups,
                rows("held-out-0", ANSWER), rows(f"held-out-{last}", ANSWER) if last else [], lost)

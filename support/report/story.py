@@ -11,11 +11,11 @@ def headline(runs: list[Run]) -> str:
         return "No run has been evaluated after its start yet."
     (best, rows), (lowest, others) = done[0], done[-1]
     first, last = rows[0], rows[-1]
-    text = (f"In {last['step']} steps of {MODE_NAMES[best.cfg['mode']]}, accuracy on held-out rows "
+    text = (f"n {last['step']} steps of {MODE_NAMES[best.cfg['mode']]}, accuracy on held-out rows "
             + moved(first["accuracy"], last["accuracy"]))
-    if best is not lowest:
-        text = (f"Of {len(done)} runs, {best.name} ends highest: i{text[1:]} "
-                f"(lowest: {lowest.name}, {others[-1]['accuracy']:.2f})")
+    text = f"I{text}" if best is lowest else (
+        f"Of {len(done)} runs, {best.name} ends highest: i{text} "
+        f"(lowest: {lowest.name}, {others[-1]['accuracy']:.2f})")
     for kind in hardest_kinds(rows)[:1]:
         if (key := f"accuracy_{kind}") in last:
             text += f"; on “{kind}”, where its base was worst, it {moved(first[key], last[key])}"
@@ -58,15 +58,17 @@ def explain_mode(cfg: Row, group: Row) -> str:
     if not of:
         return "SFT imitates the reference, whatever the model would respond."
     counted = f"{count or 'None'} of {of} responses {'is' if count < 2 else 'are'} right"
-    still = not cfg["beta"] and not any(r["advantage"] for r in group["responses"])
-    idle = ", but all advantages are zero, so there is no gradient" if still else ""
+    idle = group["explores"] and not cfg["beta"] and not any(
+        response["advantage"] for response in group["responses"])
     if cfg["mode"] != "dyme":
-        return f"{counted}; GRPO compares the responses in any case{idle}."
-    if not cfg["by_eq_6"]:
-        return f"{counted}; --switch {cfg['switch']} decides{idle if group['explores'] else ''}."
-    if count:
-        return f"{counted}: the responses are compared with each other (Eq. 6){idle}."
-    return f"{counted}: nothing right to reinforce, so the reference is imitated (Eq. 6)."
+        why = "; GRPO compares the responses in any case"
+    elif not cfg["by_eq_6"]:
+        why = f"; --switch {cfg['switch']} decides"
+    elif count:
+        why = ": the responses are compared with each other (Eq. 6)"
+    else:
+        why = ": nothing right to reinforce, so the reference is imitated (Eq. 6)"
+    return counted + why + ", but all advantages are zero, so there is no gradient" * idle + "."
 
 
 def remarks(cfg: Row, group: Row) -> list[str]:
@@ -112,19 +114,19 @@ def equations(cfg: Row, group: Row) -> list[Row]:
     found: list[Row] = [{"kind": "switch"}] if cfg["by_eq_6"] else []
     if cfg["mode"] == "dyme" and group["target"]:
         found.append({"kind": "imitate", "prompts": cfg["prompts"]})
-    rewards, advantages = ([response[key] for response in group["responses"]]
-                           for key in ("reward", "advantage"))
-    if not group["explores"] or not rewards:
+    if not group["explores"] or not group["responses"]:
         return found
-    if not any(advantages):
-        return found + [{"kind": "alike", "reward": rewards[0]}] * (len({*rewards}) == 1)
+    rewards = [response["reward"] for response in group["responses"]]
+    best = max(group["responses"], key=lambda response: response["advantage"])
     mean = sum(rewards) / len(rewards)
     deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
-    k = advantages.index(max(advantages))
-    # Rewards are kept to four digits, which a small deviation magnifies.
-    if abs((rewards[k] - mean) / (deviation + 1e-4) - advantages[k]) < 0.02:
-        found.append({"kind": "advantage", "k": k, "reward": rewards[k], "mean": mean,
-                      "deviation": deviation, "advantage": advantages[k]})
+    if len({*rewards}) == 1:
+        found.append({"kind": "alike", "reward": rewards[0]})
+    # Rewards are kept to four digits, which a small deviation magnifies; a release has its own.
+    elif abs((best["reward"] - mean) / (deviation + 1e-4) - best["advantage"]) < 0.02:
+        found.append({"kind": "advantage", "k": group["responses"].index(best), "mean": mean,
+                      "reward": best["reward"], "deviation": deviation,
+                      "advantage": best["advantage"]})
     return found
 
 
@@ -141,29 +143,27 @@ def telling(group: Row) -> list[int]:
 
 def tell(run: Run, shown: list[Row], number: int) -> Row | None:
     """The story of one prompt in run `number` of those shown; None if no failed one came back."""
-    kinds, mine = hardest_kinds(run.evaluations), shown[number]
-    visits, closing = choose_prompt(mine["groups"], kinds, run.cfg["mode"] == "dyme")
+    mine, kinds = shown[number]["groups"], hardest_kinds(run.evaluations)
+    visits, closing = choose_prompt(mine, kinds, run.cfg["mode"] == "dyme")
     if not visits:
         return None
-    first, last, turn = visits[0], visits[-1], first_exploration(visits)
+    first, last = visits[0], visits[-1]
 
     def at(group: Row) -> str:
         of = len(group["responses"])
         return f"step {group['step']}" + f", {group['right'] or 'none'} of {of} right" * bool(of)
 
-    chapters: list[Row] = []
-    others = []
-    for group in visits:
-        heading = {id(last): "The last visit", id(turn): "The first right responses",
-                   id(first): "The first visit"}.get(id(group))
-        if heading:
-            title = f"{len(chapters) + 1}. {heading}: {at(group)}"
-            chapters.append({"step": group["step"], "title": title})
-    for other in shown:
+    turn = first_exploration(visits) or first
+    headings = {last["step"]: "The last visit", turn["step"]: "The first right responses",
+                first["step"]: "The first visit"}  # the last word on a step counts
+    chapters = [{"step": group["step"], "title": f"{i}. {headings[group['step']]}: {at(group)}"}
+                for i, group in enumerate((g for g in visits if g["step"] in headings), 1)]
+    elsewhere = []
+    for other in shown[:number] + shown[number + 1:]:
         seen = [f"{at(group)}, {group['mode']}" for group in other["groups"]
                 if group["name"] == first["name"] and group["question"] == first["question"]]
-        if seen and other is not mine:
-            others.append(f"{other['name']} ({MODE_NAMES[other['mode']]}): {'; '.join(seen)}.")
+        if seen:
+            elsewhere.append(f"{other['name']} ({MODE_NAMES[other['mode']]}): {'; '.join(seen)}.")
     rated = ("how a helper rates the thinking" if run.cfg["helper_rates"] else
              "how near the thinking is to a reference trace")
     rule = "All are compared with each other." if run.cfg["mode"] != "dyme" else ""
@@ -175,7 +175,7 @@ def tell(run: Run, shown: list[Row], number: int) -> Row | None:
             f"or 0); r_t, from 0 to 1, says {rated}. {rule}")
     return {"run": number, "name": first["name"], "kind": first["source"], "lead": lead,
             "title": f"“{first['question'][:200]}”: {at(first)}; {at(last)}",
-            "chapters": chapters, "closing": closing, "elsewhere": others}
+            "chapters": chapters, "closing": closing, "elsewhere": elsewhere}
 
 
 def choose_prompt(groups: list[Row], kinds: list[str], switches: bool) -> tuple[list[Row], str]:
@@ -192,10 +192,9 @@ def choose_prompt(groups: list[Row], kinds: list[str], switches: bool) -> tuple[
         return [], ""
 
     def order(seen: list[Row]) -> tuple:
-        kind = seen[0]["source"]
-        return (switches and not first_exploration(seen),
-                kinds.index(kind) if kind in kinds else len(kinds),
-                -len(seen), -seen[-1]["right"], seen[0]["step"])
+        kind = [*kinds, seen[0]["source"]].index(seen[0]["source"])
+        return (switches and not first_exploration(seen), kind, -len(seen), -seen[-1]["right"],
+                seen[0]["step"])
 
     chosen = min(again, key=order)
     like = [seen for seen in again if seen[0]["source"] == chosen[0]["source"]]
