@@ -6,7 +6,6 @@
 import asyncio
 import contextlib
 import copy
-import email.utils
 import hashlib
 import json
 import os
@@ -52,8 +51,7 @@ TEMPLATES = {
     "gsm8k": "Given: the numbers of the question.\nSteps: one calculation after the other.\n"
              "Conclusion: the result.",
 }
-# Lengths of a reply in tokens, as in the release.
-FACTS_TOKENS, TRACE_TOKENS, RATING_TOKENS = 5000, 1000, 10
+FACTS_TOKENS, TRACE_TOKENS, RATING_TOKENS = 5000, 1000, 10  # of a reply, as in the release
 FACTS_REQUEST = """Below is reasoning about an image that you cannot see. List the visual facts that
 it states: what is in the image, with names and values, separated by commas, and nothing else.
 
@@ -113,15 +111,14 @@ def without_thinking(reply: str) -> str:
 
 def parse_rating(reply: str) -> float | None:
     """Read low, medium or high out of a reply; None unless it plainly says one of them."""
-    parts = [part for part in re.split(r"[^a-z\s'’]|\n", reply.lower())
-             if LEVELS.keys() & part.split()]
-    if len(parts) != 1 or DOUBT.search(parts[0]):  # such as "medium to high", "not high"
+    clauses = [clause.split() for clause in re.split(r"[^a-z\s'’]|\n", reply.lower())]
+    named = [(word, words) for words in clauses for word in words if word in LEVELS]
+    if len(named) != 1:  # such as "medium to high"
         return None
-    words = parts[0].split()
-    named = [word for word in words if word in LEVELS]
+    (level, words), = named
     # In "a high bar" it stands neither first nor last.
-    plain = len(named) == 1 and named[0] in (words[0], words[-1])
-    return LEVELS[named[0]] if plain else None
+    plain = level in (words[0], words[-1]) and not DOUBT.search(" ".join(words))
+    return LEVELS[level] if plain else None
 
 
 def parse_trace(reply: str, example: Example) -> str:
@@ -174,7 +171,7 @@ class Helper:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Let the event loop work on something; its result will be in the future."""
+        """Let the event loop work on something."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def close(self) -> None:
@@ -192,10 +189,7 @@ class Helper:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     async def ask(self, content: str | list[Any], tokens: int) -> str:
-        """The whole reply to a request, as text or in parts; empty if there is none.
-
-        Replies are kept on disk by content, so that the same is never asked for twice.
-        """
+        """The reply to a request (text, or parts), asked for once and kept; empty if none."""
         key = hashlib.sha256(f"{self.model}\n{json.dumps(content)}".encode()).hexdigest()
         if key not in self.known:
             if key not in self.pending:
@@ -215,7 +209,8 @@ class Helper:
             limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
             body = {"model": self.model, "messages": [{"role": "user", "content": content}],
                     limit: tokens, "temperature": 0.0}
-            body = {name: value for name, value in body.items() if name not in self.refused}
+            if "temperature" in self.refused:
+                del body["temperature"]
             async with self.slots:
                 pause = self.resumes - time.monotonic()
                 if pause > PATIENCE:
@@ -234,10 +229,8 @@ class Helper:
                 if tokens > 64 and re.search("context|too large|at most", said):
                     tokens //= 2
                     continue
-                refused = {name for name in ("max_tokens", "temperature")
-                           if name in said and name in body}
-                self.refused |= refused
-                if refused:
+                if new := {n for n in ("max_tokens", "temperature") if n in said and n in body}:
+                    self.refused |= new
                     continue
             attempt += 1
             final = 300 <= status < 500 and status not in (408, 425, 429)
@@ -257,9 +250,7 @@ class Helper:
                     raw += part
                     if len(raw) > REPLY_LIMIT:
                         return 0, f"a reply of more than {REPLY_LIMIT} bytes"
-                wait = response.headers.get("Retry-After", "")  # seconds, or a date
-                if date := email.utils.parsedate_tz(wait):
-                    wait = str(1 + max(0, int(email.utils.mktime_tz(date) - time.time())))
+                wait = response.headers.get("Retry-After", "")  # seconds; a date is not read
                 if wait.isdecimal():
                     self.resumes = max(self.resumes, time.monotonic() + float(wait))
                 return response.status_code, raw.decode(errors="replace")
@@ -290,10 +281,11 @@ class Helper:
             self.resumes = time.monotonic() + pause
             tqdm.write(f"the helper fails ({self.reason}); Pure DyME for {pause:.0f} s")
 
-    def no_answer(self) -> UserError:
-        """What to raise if not one request was answered."""
-        return UserError(f"--helper-url {self.url}: does not answer chat requests for "
-                         f"--helper-model {self.model} ({self.reason})")
+    def check(self) -> None:
+        """Raise UserError if not one request was answered."""
+        if not self.known:
+            raise UserError(f"--helper-url {self.url}: does not answer chat requests for "
+                            f"--helper-model {self.model} ({self.reason})")
 
     def one_line(self, text: str) -> str:
         """A server's words, short and without the key."""
@@ -335,40 +327,40 @@ class Supervision:
 
     async def ask(self, request: str, tokens: int, example: Example, **fields: str) -> str:
         """The reply to a request about an example; empty if there is none, or no facts."""
-        shown = [f"An example, about another image:\n{thinking}"
-                 for thinking in self.trainer.kept["examples"]]
-        style, facts = "\n\n".join([self.template, *shown]), await self.facts(example)
-        request = request.format(style=style, facts=facts, question=example.question,
-                                 answer=example.answer, **fields)
-        return await self.helper.ask(request, tokens) if facts else ""
+        if not (facts := await self.facts(example)):
+            return ""
+        style = "\n\nAn example, about another image:\n".join(
+            [self.template, *self.trainer.kept["examples"]])
+        return await self.helper.ask(request.format(
+            style=style, facts=facts, question=example.question, answer=example.answer, **fields),
+            tokens)
 
     async def rate(self, example: Example, response: str) -> float | None:
         """The checker: the thinking's rating as 0, 0.5 or 1, None if there is none to be had."""
         said = clean(split_response(response)[0])
         # A response cannot contain its own hash, so it cannot climb over this fence.
         fence = f"[{hashlib.sha256(said.encode()).hexdigest()[:16]}]"
-        rating = parse_rating(
-            await self.ask(CHECK_REQUEST, RATING_TOKENS, example, thinking=said, fence=fence))
+        reply = await self.ask(CHECK_REQUEST, RATING_TOKENS, example, thinking=said, fence=fence)
+        rating = parse_rating(reply)
         self.helper.counts["helper_failures"] += rating is None
         return rating
 
     async def refine(self, example: Example) -> str:
         """The refiner: a trace that can be memorized and is true by the facts; empty if none."""
-        reply = await self.ask(
-            REFINE_REQUEST, TRACE_TOKENS, example, trace=example.trace or "none")
+        before = example.trace or "none"
+        reply = await self.ask(REFINE_REQUEST, TRACE_TOKENS, example, trace=before)
         trace = parse_trace(reply, example)
         refined = replace(example, trace=trace, facts=await self.facts(example))
         response = reference_response(refined)
         ids = self.tokenizer(response, add_special_tokens=False).input_ids
         special = {*ids} & {*self.tokenizer.all_special_ids}
+        fault, kind = thinking_fault(response, refined), ""
         if not trace or special or len(ids) >= self.cfg.max_new_tokens:
-            self.helper.counts["helper_failures"] += 1
-            return ""
-        fault = thinking_fault(response, refined)
-        if fault and "not judged" not in fault:
-            self.helper.counts["helper_false_traces"] += 1
-            return ""
-        return trace
+            kind = "helper_failures"
+        elif fault and "not judged" not in fault:
+            kind = "helper_false_traces"
+        self.helper.counts[kind] += 1
+        return "" if kind else trace
 
     def judge(self, responses: list[list[dyme.Response]],
               examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -382,10 +374,10 @@ class Supervision:
             if not self.cfg.no_refiner and (not explores or self.cfg.switch == "anneal")}
         if self.cfg.no_checker:
             return r_a, r_t
-        r_t, high, asked = r_t.clone(), [], {}
-        for p in explore.nonzero().flatten().tolist():
-            for k, response in enumerate(responses[p]):
-                asked[p, k] = self.helper.start(self.rate(examples[p], response.text))
+        r_t, high = r_t.clone(), []
+        asked = {(p, k): self.helper.start(self.rate(examples[p], response.text))
+                 for p in explore.nonzero().flatten().tolist()
+                 for k, response in enumerate(responses[p])}
         for (p, k), future in asked.items():
             rating = future.result()
             if rating is not None:
@@ -393,8 +385,7 @@ class Supervision:
             if rating == 1 and r_a[p, k] == 1:
                 high.append(split_response(responses[p][k].text)[0])
         pool = self.trainer.kept["examples"]
-        for found in parallel.gather(high):  # every process has the same examples
-            pool += found
+        pool += sum(parallel.gather(high), [])  # every process has the same examples
         del pool[:-3]
         return r_a, r_t
 
@@ -415,8 +406,7 @@ class Supervision:
         helper = self.helper
         kept, helper.known = helper.known, {}  # a reply that is kept is no sign of life
         found = helper.start(work).result()
-        if not helper.known:
-            raise helper.no_answer()
+        helper.check()
         seen = " ".join(helper.known.popitem()[1].split())[:150] or helper.reason
         helper.known = kept
         helper.counts.clear()

@@ -47,8 +47,7 @@ def main() -> None:
         for first in range(0, len(examples), 64):  # not all pictures at once
             started = [helper.start(row(example)) for example in examples[first:first + 64]]
             rows += [future.result() for future in started]
-            if not helper.known:
-                raise helper.no_answer()
+            helper.check()
             bar.update(len(started))
     files.write_jsonl(args.out, rows)
     print(f"{args.out}: {len(rows)} rows, {sum(not row['facts'] for row in rows)} without facts")

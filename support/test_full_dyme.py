@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -522,9 +521,8 @@ def test_a_dead_helper_is_left_alone_for_longer_and_longer(
     assert helper.failed_in_a_row == 0
 
 
-@pytest.mark.parametrize("when", [lambda: "1", lambda: formatdate(time.time() + 2, usegmt=True)])
-def test_a_server_that_asks_for_time_gets_it(chat: Any, connect: Any, when: Any) -> None:
-    chat.script = lambda *_: (429, {}, {"Retry-After": when()}) if len(chat.seen) == 1 else "ready"
+def test_a_server_that_asks_for_time_gets_it(chat: Any, connect: Any) -> None:
+    chat.script = lambda *_: (429, {}, {"Retry-After": "1"}) if len(chat.seen) == 1 else "ready"
     start = time.monotonic()
     helper = connect()
     assert ask(helper) == "ready"
