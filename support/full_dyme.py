@@ -408,10 +408,9 @@ class Supervision:
         found = helper.start(work).result()
         helper.check()
         seen = " ".join(helper.known.popitem()[1].split())[:150] or helper.reason
-        helper.known = kept
-        helper.counts.clear()
+        read = "of no use" if found in (None, "") else "understood"
+        helper.known, helper.counts = kept, Counter()
         if parallel.is_main():
-            read = "of no use" if found in (None, "") else "understood"
             tqdm.write(f"the {name} of --helper-url says {seen!r} ({read})")
 
 

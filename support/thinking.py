@@ -74,10 +74,10 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 def one_line(summary: dict[str, Any]) -> str:
     """The averages that matter most, as text."""
-    text = f"held-out accuracy {summary['accuracy']:.3f}"
-    if summary["valid_thinking"] is not None:
-        text += f", with valid thinking {summary['valid_thinking']:.3f}"
-    return f"{text}, answers in the format {summary['in_format']:.3f}"
+    shown = {"held-out accuracy": "accuracy", "with valid thinking": "valid_thinking",
+             "answers in the format": "in_format"}
+    return ", ".join(f"{name} {summary[key]:.3f}" for name, key in shown.items()
+                     if summary[key] is not None)
 
 
 # ---- Valid thinking ------------------------------------------------------------------------------
@@ -90,11 +90,7 @@ def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, in
 
 
 def thinking_fault(response: str, example: Example) -> str:
-    """What rules find wrong with thinking: empty if it is valid, "not judged: ..." if unknown.
-
-    Valid thinking quotes numbers of the image or derives them, all that it calculates is true, and
-    it ends in the answer. Needs the example's facts.
-    """
+    """What rules find wrong by the facts: "" if valid, "not judged: ..." if they cannot know."""
     (thinking, answers), facts = split_response(response), example.facts or ""
     found, quoted = _relations(thinking), quoted_numbers(thinking, facts, example.question)
     for false in [e.text for e in found if e.true is False] + _false_comparisons(thinking):
@@ -137,9 +133,8 @@ def _false_comparisons(thinking: str) -> list[str]:
     """Find `4 > 7`, also with names (`red 4 > blue 7`), and "4 is more than 7"."""
     found = re.finditer(rf"(?<![\d.,])({NUMBER})(?: [a-z]+)? ?(>|<|is (?:{MORE}) than) ?"
                         rf"(?:[a-z]+ )?({NUMBER})(?! ?[-+*/])", _typed(thinking))
-    sides = [(m[0], _value(m[1]), _value(m[3]), re.search("<|less|few|short|low|small", m[2]))
-             for m in found]
-    return [text for text, a, b, says_less in sides if a != b and (a > b) == bool(says_less)]
+    return [m[0] for m in found if (_value(m[1]) - _value(m[3])) * (
+        -1 if re.search("<|less|few|short|low|small", m[2]) else 1) < 0]
 
 
 def concludes(thinking: str, answer: str) -> bool:
@@ -212,9 +207,9 @@ def _values(text: str, pattern: str = NUMBER) -> list[float]:
 
 
 def read_facts(facts: str) -> tuple[list[tuple[set[str], float]], dict[str, str]]:
-    """Read `red 4, blue 7`, `Peru: Share = 45%, ...` or CSV: [(names, value)], and the names.
+    """Read `red 4, blue 7`, `Peru: Share = 45%, ...` or CSV: [(names, value)], and all names.
 
-    The names are a dictionary from what a trace may write (Jan, January) to what the facts do.
+    These as a dictionary, from what a trace may write (Jan, January) to what the facts do.
     """
     cells: list[tuple[set[str], float]] = []
     header: list[str] = []
@@ -264,9 +259,8 @@ def quoted_numbers(thinking: str, facts: str,
                    question: str = "") -> list[tuple[int, int, bool | None]]:
     """Find the numbers a trace quotes: where each begins and ends, and whether it is grounded.
 
-    Beside a name of the facts a number must be that name's. Else it is grounded if it is among the
-    facts, or derived by true arithmetic, in signs (`3 + 4 = 7`) or in words ("together 7"); None if
-    it may follow but no word says so. What the question gives, steps and counts are not quoted.
+    Beside a name of the facts it must be that name's; else among the facts, or derived in signs or
+    words; None if it may follow but no word says so. The question's, steps and counts do not count.
     """
     text, equations = _typed(thinking), _relations(thinking)
     readings, many = _readings(text, facts), len(read_facts(facts)[0])
@@ -378,9 +372,8 @@ def _relations(thinking: str) -> list[Equation]:
             continue
         said = f"{left} = {right if in_chain else '?'}".replace(",", "")
         said = " ".join(re.findall(rf"{NUMBER}|\S", said))
-        parts = re.findall(rf"([/^]?) ?({NUMBER})", side)
-        operands, divisors = ([_value(n) for mark, n in parts if bool(mark) is is_divisor]
-                              for is_divisor in (False, True))
+        divisors = _values(side.replace("/ ", "/").replace("^ ", "^"), rf"(?<=[/^])(?:{NUMBER})")
+        operands = [*(Counter(_values(side)) - Counter(divisors)).elements()]
         result = round(max(_worth(number), default=0.0), 6)
         found.append(Equation(said, operands, divisors, _values(number), result, true,
                               (a.start(), b.end())))

@@ -97,8 +97,8 @@ def trace(goal: str, bars: list[str], values: dict[str, int], working: str, answ
 def make_examples(split: str, traces: str = "low") -> list[Example]:
     """Make a toy split: a question for each chart, with its facts and a trace of such quality.
 
-    Some traces of lower quality are pseudo thinking: fluent and with the right answer, which where
-    it can follows from the values quoted, but these are not in the image. No two splits share one.
+    Some traces of lower quality quote values that are not in the image; where it can, the answer
+    follows from them, so that only the image gives them away. No chart is in two splits.
     """
     first, count = SPLITS[split]
     charts = itertools.islice(random_charts(1, first + count), first, None)
@@ -117,8 +117,6 @@ def make_examples(split: str, traces: str = "low") -> list[Example]:
     return examples
 
 
-# ---- Lessons for the base ------------------------------------------------------------------------
-
 LESSONS = (
     "I see {and}. Here {working}, so the result is {answer}.",
     "To find the {goal}, look at {list}. Then {working}. It is {answer}.",
@@ -132,9 +130,8 @@ KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: s
 def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
     """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
 
-    What learns from them reads any bar and calculates with any two numbers, but never puts the two
-    together. The wordings are not those of the traces, and but for a share `flagged` there is no
-    flag. No chart is one of the toy's own.
+    They read bars or calculate, never both, in other words than the traces; a share `flagged` has
+    the flag. No chart is one of the toy's own.
     """
     rng = np.random.default_rng([3, seed])
     reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}

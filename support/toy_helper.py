@@ -16,14 +16,12 @@ from support import thinking, toy
 class Chat(http.server.BaseHTTPRequestHandler):
     """A connection to a chat server that answers by `toy_helper`."""
 
-    protocol_version = "HTTP/1.1"  # connections are kept from one request to the next
-    disable_nagle_algorithm = True
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True  # connections are kept
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = {"role": "assistant", "content": toy_helper(request["messages"][-1]["content"])}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        reply = json.dumps({"object": "chat.completion", "model": "toy", "choices": [choice]})
+        reply = json.dumps({"choices": [{"finish_reason": "stop", "message": message}]})
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply)))
@@ -48,9 +46,7 @@ def toy_helper(text: str) -> str:
         return f"{best}\nAnswer: {answer}"
     graded = re.split(r"\n\[\w+\]\n", text)[1].strip()  # between the lines of the fence
     grounded, quoted = thinking.groundedness(graded, facts, question)
-    if not quoted or grounded < quoted:
-        return "low"
-    return "high" if graded == best else "medium"
+    return "high" if graded == best else "medium" if 0 < grounded == quoted else "low"
 
 
 def main(port: int) -> None:

@@ -162,10 +162,10 @@ def describe_run(run: Run, shelf: Shelf, most: int) -> Row:
 def describe_group(cfg: Row, group: Row, shelf: Shelf) -> Row:
     """A row of `samples.jsonl`, with its texts marked, and what the story says of it."""
     known = (group["facts"], group["question"])
-    responses = [r | {"text": mark(r["text"], *known)} for r in group["responses"]]
-    group = group | {"responses": responses, "trace": mark(group["trace"], *known),
-                     "target": mark(group["target"], *known),
-                     "image": shelf.look_up(cfg, "train", group)[1]}
+    group = group | {
+        "responses": [r | {"text": mark(r["text"], *known)} for r in group["responses"]],
+        "trace": mark(group["trace"], *known), "target": mark(group["target"], *known),
+        "image": shelf.look_up(cfg, "train", group)[1]}
     return group | {"why": story.explain_mode(cfg, group), "remarks": story.remarks(cfg, group),
                     "equations": story.equations(cfg, group), "telling": story.telling(group)}
 
@@ -212,11 +212,11 @@ def columns(found: list[Row], keys: list[str]) -> Row:
 
 def charts(runs: list[Run], shown: list[Row]) -> list[Row]:
     """The charts that have values, one for each kind of question; none twice of one run."""
-    kinds = list(dict.fromkeys(kind for one in shown for kind in one["kinds"]))[:KINDS]
-    skills = [(KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
-              for kind in kinds]
+    skills = dict.fromkeys(
+        (KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
+        for one in shown for kind in one["kinds"])
     with_format, found, seen = any(run.cfg["format_weight"] for run in runs), [], []
-    for section, title, unit, key, axis in [*CHARTS[:3], *skills, *CHARTS[3:]]:
+    for section, title, unit, key, axis in [*CHARTS[:3], *list(skills)[:KINDS], *CHARTS[3:]]:
         evaluated = section in (HELD_OUT, KIND)
         curves = [one["evaluations" if evaluated else "metrics"].get(key) for one in shown]
         values = {value for curve in curves for value in curve or [] if value is not None}
