@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,28 +18,16 @@ LOCK = "lock"  # the file that is locked while a process works in its folder
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one move: a crash leaves the old one or the new one.
-
-    Raises OSError if the path is not a regular file: a device or a link would be gone.
-    """
+    """Replace a plain file in one move: a crash leaves the old one or the new. Raises OSError."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OSError(errno.EINVAL, "is a link, a folder or a device, not a plain file", str(path))
     new = path.with_name(path.name + ".tmp")
-    with removed_on_error(new):
+    try:
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)
-
-
-@contextlib.contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove what an error, such as a full disk, leaves half written, and name it in the error."""
-    try:
-        yield
-    except BaseException as error:
-        remove(path)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
-        raise
+    except OSError as error:  # a full disk names no file
+        remove(new)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def remove(path: Path) -> None:
@@ -53,21 +40,21 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(final: Path) -> Iterator[Path]:
-    """Give a new folder to fill, which then takes the place of `final`; the old one goes last.
+    """Give a new folder to fill, which then takes the place of `final`.
 
     Raises UserError if the disk fails; `final` is as it was then.
     """
     new, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
-        for folder in (new, old):
-            remove(folder)
+        remove(new)
+        remove(old)
         new.mkdir(parents=True)  # also if someone has renamed the run's folder meanwhile
-        with removed_on_error(new):
-            yield new
+        yield new
         if os.path.lexists(final):  # also a link that leads nowhere
             final.rename(old)
         new.rename(final)
     except (OSError, SafetensorError) as error:
+        remove(new)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{final}: cannot be written ({reason}); what was there is kept") from None
     remove(old)
@@ -98,42 +85,27 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of JSON lines, less lines that hold none, such as one that a crash cut off.
-
-    A missing file is empty, and so is a device, which might never end.
-    """
+    """The objects of JSON lines, less what a crash cut off; a missing file is empty."""
     rows = []
-    if path.is_dir() or path.is_file():  # a folder is an error
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line.decode()))
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line.decode()))
     return [row for row in rows if isinstance(row, dict)]
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which goes if it stays empty. Raises UserError.
-
-    The system itself lets go of the locks when a process dies, however that happens.
-    """
-    with contextlib.ExitStack() as stack:
-        handle = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        try:
-            # Two locks: one on the folder, as the lock file may be removed by hand, and one on the
-            # file, as some network disks lock no folders.
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if isinstance(error, BlockingIOError):
-                    raise
-            stack.enter_context(FileLock(folder / LOCK, blocking=False))
-        except (BlockingIOError, Timeout):
-            raise UserError(f"--out {folder}: another process works in it; "
-                            "wait for it or name another folder") from None
-        try:
-            yield
-        finally:
-            remove(folder / LOCK)
-            with contextlib.suppress(OSError):  # as it is not empty
-                folder.rmdir()
+    """Keep other processes out of a folder, which goes if it stays empty. Raises UserError."""
+    lock = FileLock(folder / LOCK)  # the system lets go of it when a process dies
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"--out {folder}: another process works in it; "
+                        "wait for it or name another folder") from None
+    try:
+        yield
+    finally:
+        remove(folder / LOCK)
+        lock.release()
+        with contextlib.suppress(OSError):  # as it is not empty
+            folder.rmdir()
