@@ -1,9 +1,10 @@
 """ChartQA, and thinking traces made from its charts' tables."""
 
+import contextlib
 import csv
 import functools
-import io
 import itertools
+import math
 import re
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -20,8 +21,7 @@ REVISION = "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"
 def read(name: str, split: str, augmented: bool) -> data.Rows:
     """Read a ChartQA split, with facts and trace from each chart's table. Raises UserError."""
     root = find(name)
-    # Without a val folder a tenth of train is held back, by image.
-    held_back = split in ("train", "val") and not (root / "val").is_dir()
+    held_back = split != "test" and not (root / "val").is_dir()  # a tenth of train, by image
     part = root / ("train" if held_back else split)
     examples, images, skipped = [], [], []
     for kind in ("human", "augmented") if augmented or part.name != "train" else ("human",):
@@ -29,8 +29,8 @@ def read(name: str, split: str, augmented: bool) -> data.Rows:
         if file.exists():
             make = functools.partial(chart_example, part, kind)
             pairs, unusable = domains.read_usable(file, make)
-            examples += [example for _, example in pairs]
             images += [row["imgname"] for row, _ in pairs]
+            examples += [example for _, example in pairs]
             skipped += unusable
     return examples, images if held_back else [], skipped
 
@@ -67,46 +67,45 @@ def chart_example(part: Any, kind: str, row: dict[str, Any], name: str) -> Examp
 
 def read_table(path: Any) -> list[list[str]]:
     """Read a chart's CSV table; empty if there is none, or none with values. Raises UserError."""
-    if not path.exists():
-        return []
-    try:
-        lines = list(csv.reader(io.StringIO(data.read_text(path, errors="replace"))))
-    except csv.Error:
-        return []
-    return [[cell.strip() for cell in line] for line in lines if len(line) > 1]
+    lines = data.read_text(path, errors="replace").splitlines(True) if path.exists() else []
+    with contextlib.suppress(csv.Error):
+        return [[cell.strip() for cell in line] for line in csv.reader(lines) if len(line) > 1]
+    return []
 
 
 def table_facts(table: list[list[str]]) -> str:
     """Write a table as visual facts I_c, a line per row: `Finland: Trust in news = 62%, ...`."""
     facts = []
-    for line in table[1:]:
-        pairs = zip(table[0][1:], line[1:], strict=False)
-        facts.append(f"{line[0]}: {', '.join(f'{column} = {cell}' for column, cell in pairs)}")
+    for label, *cells in table[1:]:
+        pairs = zip(table[0][1:], cells, strict=False)
+        facts.append(f"{label}: {', '.join(map(' = '.join, pairs))}")
     return "\n".join(facts)
 
 
 Cell = tuple[str, str, str]  # row, column, value
 
 
+def named(labels: list[str], question: str) -> list[int]:
+    """Which labels have half of their words in the question; all, if none has."""
+    asked = set(re.findall(r"\w+", question.lower()))
+    words = [set(re.findall(r"\w+", label.lower())) for label in labels]
+    found = [i for i, label in enumerate(words) if label and 2 * len(asked & label) >= len(label)]
+    return found or [*range(len(labels))]
+
+
 def relevant_cells(table: list[list[str]], question: str, answer: str, most: int = 8) -> list[Cell]:
     """Pick the cells whose labels the question names, those that hold the answer first."""
-    words = set(re.findall(r"\w+", question.lower()))
+    (_, *columns), *rows = table
+    cells = [(rows[r][0], columns[c], rows[r][c + 1])
+             for r in named([row[0] for row in rows], question) for c in named(columns, question)
+             if rows[r][c + 1:] and rows[r][c + 1] not in ("", "-", "nan")]
+    chosen = sorted(cells, key=lambda cell: not holds(cell, answer))[:most]
+    return [cell for cell in cells if cell in chosen]
 
-    def named(labels: list[str]) -> list[int]:
-        found = []
-        for i, label in enumerate(labels, 1):
-            label_words = set(re.findall(r"\w+", label.lower()))
-            if label_words and len(words & label_words) >= len(label_words) / 2:
-                found.append(i)
-        return found or list(range(1, len(labels) + 1))
 
-    columns = named(table[0][1:])
-    cells = [(table[r][0], table[0][c], table[r][c])
-             for r in named([line[0] for line in table[1:]]) for c in columns
-             if c < len(table[r]) and table[r][c] not in ("", "-", "nan")]
-    holds = [any(reward.answers_match(part, answer) for part in cell) for cell in cells]
-    chosen = sorted(range(len(cells)), key=lambda i: not holds[i])[:most]
-    return [cells[i] for i in sorted(chosen)]
+def holds(cell: Cell, answer: str) -> bool:
+    """Is the answer the cell's value, or one of its labels?"""
+    return any(reward.answers_match(part, answer) for part in cell)
 
 
 def chart_trace(table: list[list[str]], question: str, answer: str) -> str | None:
@@ -125,28 +124,23 @@ CUES = ("sum|total|add|differ|average|mean|median|ratio|times|divid|more|less|ch
 
 def explain(cells: list[Cell], question: str, answer: str) -> str:
     """Say how the answer follows from the cells: read off, one arithmetic step, or compared."""
-    for row, column, value in cells:
-        if any(reward.answers_match(part, answer) for part in (value, row, column)):
-            return f"Among these, {row} ({column}) with {value} is the one asked for."
+    for cell in cells:
+        if holds(cell, answer):
+            return f"Among these, {cell[0]} ({cell[1]}) with {cell[2]} is the one asked for."
     wanted = reward.parse_number(answer)
+    numbers = [(text.rstrip("%"), value) for _, _, text in cells
+               if (value := reward.parse_number(text)) is not None]
     # Without a cue in the question, arithmetic that fits is mostly a coincidence.
-    if wanted is not None and re.search(CUES, question.lower()):
-        for working, result in arithmetic_steps(cells):
+    if wanted is None or not numbers or not re.search(CUES, question.lower()):
+        return "Comparing these values gives the answer."
+    for group in (numbers, *itertools.permutations(numbers, 2)):
+        texts, values = zip(*group, strict=True)
+        terms, total = " + ".join(texts), sum(values)
+        steps = {terms: total, f"({terms}) / {len(group)}": total / len(group)}
+        if len(group) == 2:
+            steps |= {" - ".join(texts): values[0] - values[1],
+                      " / ".join(texts): values[0] / (values[1] or math.inf)}
+        for working, result in steps.items():
             if abs(result - wanted) <= 0.005 * abs(wanted):
                 return f"{working} = {answer}."
     return "Comparing these values gives the answer."
-
-
-def arithmetic_steps(cells: list[Cell]) -> list[tuple[str, float]]:
-    """What one step of arithmetic makes of the cells' numbers: (working, value), simplest first."""
-    numbers = [(text.rstrip("%"), value) for _, _, text in cells
-               if (value := reward.parse_number(text)) is not None]
-    if not numbers:
-        return []
-    total, sum_ = " + ".join(text for text, _ in numbers), sum(value for _, value in numbers)
-    steps = [(total, sum_), (f"({total}) / {len(numbers)}", sum_ / len(numbers))]
-    for (a, x), (b, y) in itertools.permutations(numbers, 2):
-        steps += [(f"{a} + {b}", x + y), (f"{a} - {b}", x - y)]
-        steps += [(f"{a} / {b}", x / y)] if y else []
-        steps += [(f"({a} + {b}) / 2", (x + y) / 2)]
-    return steps
