@@ -1,7 +1,5 @@
 """Published data sets: how rows are read and answers checked; traces for them (`--hints`)."""
 
-import ast
-import fnmatch
 import functools
 import re
 import zipfile
@@ -37,7 +35,7 @@ def read(source: str, split: str) -> data.Rows:
         raise UserError(f"--data {source}: has no {split} split (it has {', '.join(domain.files)})")
     advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
     root = Path(folder) if folder else download(name, domain.hub, advice).parent
-    found = sorted(f for f in root.glob("*") if fnmatch.fnmatch(f.name, domain.files[part]))
+    found = sorted(root.glob(domain.files[part]))
     if not found:
         raise UserError(f"--data {source}: no file {domain.files[part]} there; {advice}")
     rows, skipped = read_usable(found[0], lambda row, name: domain.row(row, root, name))
@@ -52,12 +50,13 @@ def read_usable(file: Any, make: Callable[[Any, str], Example | None]
     for place, row in data.parse_rows(file):
         name = f"{file.name} {place}"
         try:
-            example = make(row, name)
-            for key in ("question", "answer") if example else ():
+            if not (example := make(row, name)):
+                continue
+            for key in ("question", "answer"):
                 if not data.visible(getattr(example, key)):
                     raise ValueError(f"expected a string as {key}, got {getattr(example, key)!r}")
-            rows += [(row, example)] if example else []
-        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError, UserError) as e:
+            rows.append((row, example))
+        except (LookupError, TypeError, ValueError, AttributeError, UserError) as e:
             why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
             skipped.append(f"{name}: {why.removeprefix(f'{name}: ')[:200]}")
     return rows, skipped
@@ -96,9 +95,8 @@ def open_zip(file: Path) -> tuple[zipfile.Path, ...]:
 def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
     """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right.
 
-    *official* is the published soft accuracy, without the rows marked difficult; *any_match* is the
-    release's. As there, the target is the correct choice (if it is a direct answer), the trace the
-    longest rationale.
+    *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
+    target (the correct choice, if it is a direct answer) and the trace are the release's.
     """
     keys = ("direct_answers", "choices", "rationales")
     answers, choices, rationales = (read_list(row, key) for key in keys)
@@ -121,12 +119,9 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
 
 
 def read_list(row: dict[str, Any], key: str) -> list[str]:
-    """A row's list of texts, which tables hold as one text: "['a', 'b']". Raises ValueError."""
+    """A row's list of texts. Raises ValueError."""
     found = row.get(key) or []
-    # Python would read NumPy's "['a' 'b']" as one item.
-    if isinstance(found, str) and not re.search(r"['\"]\s+['\"]", found):
-        found = ast.literal_eval(found)
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+    if not isinstance(found, list):
         raise ValueError(f"its {key} is no list of texts")
     return [item for item in found if data.visible(item)]
 
@@ -134,8 +129,7 @@ def read_list(row: dict[str, Any], key: str) -> list[str]:
 def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
     """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by their words.
 
-    *official* is, for open ones, the published recall of words, which a list of many words meets.
-    Right (r_a) are the same words and no others, grouped by commas in the same way.
+    *official* is, for open ones, the published recall of words; right (r_a) are all and no others.
     """
     if row["q_lang"] != "en":
         return None
@@ -227,8 +221,6 @@ def geometry_example(question: str, answer: str, image: Any, name: str,
 
 
 Quantity = tuple[str, str, str]  # the name, value and unit of "Area = 9π cm^2"
-
-
 LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+"
 
 
@@ -296,7 +288,7 @@ def join(examples: list[Example], file: str) -> list[Example]:
     Of several traces for one question and answer, a row takes the one that it has itself, or none:
     the files do not say which image they belong to. Raises UserError.
     """
-    traces: dict[tuple[str, str], set[tuple[str, str | None]]] = {}
+    traces: dict[tuple[str, str], dict[str, str | None]] = {}
     for place, row in data.parse_rows(Path(file)):
         try:
             answer, facts = str(row["answer"]), row.get("visual_fact")
@@ -304,19 +296,19 @@ def join(examples: list[Example], file: str) -> list[Example]:
             trace = re.sub(r"<<[^<>]*=[^<>]*>>", "", row.get("trace") or row["hint"] or "").strip()
             solution, mark, last = trace.rpartition("####")
             trace = solution.strip() if mark and reward.answers_match(last, answer) else trace
-            facts = facts if isinstance(facts, str) and facts else None
             if trace:
-                traces.setdefault(key(row["question"], answer), set()).add((trace, facts))
+                found = traces.setdefault(key(row["question"], answer), {})
+                found[trace] = facts if isinstance(facts, str) and facts else None
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"--hints {file} {place}: is not {{question, answer, hint}} "
                             f"({error!r})") from None
     joined = []
     for example in examples:
-        found = traces.get(key(example.question, example.answer), set())
-        if len(found) > 1:
-            found = {pair for pair in found if pair[0] == (example.trace or "").strip()}
-        for trace, facts in found:  # one, or none
-            joined.append(replace(example, trace=trace, facts=facts or example.facts))
+        found = traces.get(key(example.question, example.answer), {})
+        own = (example.trace or "").strip()
+        for trace, facts in found.items():
+            if len(found) == 1 or trace == own:
+                joined.append(replace(example, trace=trace, facts=facts or example.facts))
     if not joined:
         raise UserError(f"--hints {file}: has no trace for any row of --data (question, answer)")
     if parallel.is_main():
