@@ -1,7 +1,6 @@
 """Rows of data: what `--data` names, your own rows, pictures, and references that can be imitated.
 
-Published data sets, and traces for them, stand above this file, in domains.py and chartqa.py: they
-are loaded only where `--data` names one.
+Published data sets stand above, in domains.py and chartqa.py, loaded only where one is named.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-import reward
 from reward import Example
 from support import UserError, parallel, toy
 
@@ -41,25 +39,26 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     Says what is skipped. Raises UserError if nothing can be used, or one of your own rows cannot.
     """
     own = Path(data).suffix in (".json", ".jsonl")
-    if hints and (own or data == "toy"):
-        raise UserError("--hints belongs to published data; your own rows have a field `trace`")
+    if (hints or augmented) and (own or data == "toy"):
+        raise UserError(f"--{'hints' if hints else 'augmented'} belongs to published data")
     if data == "toy":
         return toy.make_examples(split, traces)
     try:
-        read = read_own(Path(data), split) if own else read_published(data, split, augmented)
+        examples, groups, skipped = (
+            read_own(Path(data)) if own else read_published(data, split, augmented))
     except (OSError, zipfile.BadZipFile) as error:  # no permission, say
         raise UserError(f"--data {data}: cannot be read ({error})") from None
-    examples, groups, skipped = read
     if not examples:
         first = f"; the first is skipped: {skipped[0]}" if skipped else ""
         raise UserError(f"--data {data}: the split {split} has no usable row{first}")
     if groups and split != "test":
         examples = hold_back(examples, groups, split, data)
-    told = groups and split == "val"  # with train
-    notes = [f"{len(skipped)} skipped (the first: {skipped[0]})"] if skipped and not told else []
+    notes = []
+    if skipped and not (groups and split == "val"):  # then told with train
+        notes.append(f"{len(skipped)} skipped (the first: {skipped[0]})")
     without = sum(not example.trace for example in examples)
     if without and split == "train" and not hints:
-        notes.append(f"{without} without a trace, whose answer line alone can be memorized")
+        notes.append(f"{without} without a `trace`, whose answer line alone can be memorized")
     if parallel.is_main() and (notes or not own):
         print("; ".join([f"{name_of(data)} {split}: {len(examples)} rows", *notes]))
     if hints and split == "train":
@@ -84,8 +83,7 @@ def read_published(data: str, split: str, augmented: bool) -> Rows:
 
 
 def hold_back(examples: list[Example], groups: list[str], split: str, data: str) -> list[Example]:
-    """Split off a tenth of the groups as val; rows of one group (an image, say) stay together."""
-    # In the order of a hash, so that the same rows are held back in every run.
+    """Split off a tenth of the groups, the same in every run, as val; a group stays together."""
     order = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
     if len(order) < 2:
         raise UserError(f"--data {data}: needs two different images or questions, to hold one out")
@@ -112,9 +110,13 @@ def read_text(file: Any, errors: str = "strict") -> str:
         raise UserError(f"{file}: cannot be read ({error})") from None
 
 
-# No tokenizer takes half a character (a lone surrogate), and no file can hold it. The pattern first
-# meets what is to stay: a backslash that stands for itself, and two halves of one character.
-HALVES = r"\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|\\u[dD][89a-fA-F]\w\w"
+def parse_json(text: str) -> Any:
+    """What a JSON text holds; half a character, which no tokenizer takes, becomes U+FFFD."""
+    found = json.loads(text)
+    if "\\ud" in text.lower():  # where pairs are joined, only halves are left
+        whole = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(found, ensure_ascii=False))
+        return json.loads(whole)
+    return found
 
 
 def parse_rows(file: Any) -> list[tuple[str, Any]]:
@@ -122,27 +124,22 @@ def parse_rows(file: Any) -> list[tuple[str, Any]]:
 
     Raises UserError naming the file, and the line of a .jsonl.
     """
-    text, where, rows = read_text(file), "", []
-    mended = re.sub(HALVES, lambda m: r"\ufffd" if len(m[0]) == 6 else m[0], text)
+    text, where = read_text(file), ""
     try:
-        if PurePosixPath(file.name).suffix == ".jsonl":
-            # Not splitlines(), which also splits at separators that JSON strings may hold.
-            for number, line in enumerate(mended.split("\n"), 1):
-                where = f"line {number}"
-                if line.strip():
-                    rows.append((where, json.loads(line)))
-        else:
-            found = json.loads(mended)
+        if PurePosixPath(file.name).suffix != ".jsonl":
+            found = parse_json(text)
             if not isinstance(found, list):
                 raise ValueError("it holds no list of rows")
-            rows = [(f"row {number}", row) for number, row in enumerate(found, 1)]
-        broken = [place for place, row in rows if "\ufffd" in str(row)] if mended != text else []
+            return [(f"row {number}", row) for number, row in enumerate(found, 1)]
+        rows = []
+        # Not splitlines(), which also splits at separators that JSON strings may hold.
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"line {number}: "
+            if line.strip():
+                rows.append((f"line {number}", parse_json(line)))
+        return rows
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({where}: {error})".replace("(: ", "(")) from None
-    if broken and parallel.is_main():
-        print(f"{file}: {len(broken)} rows hold half a character (a lone surrogate), which is read "
-              f"as U+FFFD; the first is {broken[0]}")
-    return rows
+        raise UserError(f"{file}: cannot be read ({where}{error})") from None
 
 
 def visible(text: Any) -> bool:
@@ -157,20 +154,14 @@ def visible(text: Any) -> bool:
 # Unknown fields are ignored, but for those that are likely to stand for one that is read.
 SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "image",
          "hints": "trace", "fact": "facts"}
-LIKE_A_TRACE = r"(?i)(rationale|reason|cot|chain|solution|think|thought|trace|expla|step|analy)\w*"
 
 
-def read_own(path: Path, split: str) -> Rows:
+def read_own(path: Path) -> Rows:
     """Read your own rows; those of an image stay together. Raises UserError naming a bad row."""
     found = parse_rows(path)
     if not found:
         raise UserError(f"{path}: holds no list of rows")
     examples = [own_row(row, path.parent, f"{path} {place}") for place, row in found]
-    unread = {key for _, row in found if not (row.get("trace") or row.get("hint"))
-              for key in row if re.fullmatch(LIKE_A_TRACE, key) and key not in ("trace", "hint")}
-    if unread and split == "train" and parallel.is_main():
-        fields = ", ".join(sorted(unread))
-        print(f"{path}: what looks like a trace is not read: {fields}; name it `trace`")
     return examples, [row.get("image") or str(row["question"]) for _, row in found], []
 
 
@@ -208,10 +199,7 @@ def own_text(row: dict[str, Any], key: str, name: str) -> str:
 
 
 def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
-    """Return what decodes an image, on disk or in a zip, as RGB, after a look at its header.
-
-    Raises UserError naming the row, now or when it is decoded.
-    """
+    """What decodes an image, on disk or in a zip, as RGB. Raises UserError, now or then."""
 
     def open_image(header_only: bool = False) -> Image.Image:
         try:
@@ -232,12 +220,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # broken notes raise many kinds; the picture is whole
         image = ImageOps.exif_transpose(image)  # cameras note how they were held
-    if image.mode.startswith(("I", "F")):
-        # 16 and 32 bits or floats: convert() would cut off what is above 255.
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits or floats: convert() cuts off at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        # White is 65535 for 16 bits; else it is not written down, but one of these is usual.
-        whites = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-        white = next((w for w in whites if values.max() <= w), values.max())
+        white = next((w for w in (1, 255, 65535) if values.max() <= w), values.max())
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -256,31 +241,22 @@ def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
 
 def check_references(examples: list[Example], policy: "Policy",
                      length: Callable[[Example], int]) -> list[Example]:
-    """The rows, less traces too long to imitate; says which, and what holds a flag or end token.
+    """The rows, less traces too long to imitate, which it says.
 
     `length` is that of prompt and reference in tokens. Raises UserError if an answer is too long.
     """
-    ends = [policy.tokenizer.decode([token]) for token in policy.end_ids]
-    limit, kept = policy.context, list[Example]()
-    notes: dict[str, list[str]] = {}
+    limit, kept, short = policy.context, list[Example](), list[str]()
     for example in examples:
-        texts = f"{example.trace or ''}\n{example.answer}".lower()
-        for mark in filter(str.strip, (reward.FLAG, *ends)):
-            if mark.lower() in texts:
-                what = f"hold {mark!r} in trace or answer, which ends a trace or a response early"
-                notes.setdefault(what, []).append(example.name)
         # To measure takes time, and few texts have more bytes than half of a context has tokens.
-        long = len(texts.encode()) > limit / 2 and length(example) > limit
-        if long and example.trace:
-            what = f"have a trace too long for the context of {limit} tokens, and keep their answer"
-            notes.setdefault(what, []).append(example.name)
+        long = len(f"{example.trace or ''}{example.answer}".encode()) > limit / 2
+        if long and example.trace and length(example) > limit:
+            short.append(example.name)
             example = replace(example, trace=None)
-            long = length(example) > limit
-        if long:
+        if long and length(example) > limit:
             raise UserError(f"{example.name}: question and answer exceed the model's context of "
                             f"{limit} tokens")
         kept.append(example)
-    for what, names in notes.items():
-        if parallel.is_main():
-            print(f"warning: {len(names)} training rows {what}; the first is {names[0]}")
+    if short and parallel.is_main():
+        print(f"warning: {len(short)} training rows have a trace too long for the context of "
+              f"{limit} tokens, and keep their answer; the first is {short[0]}")
     return kept

@@ -78,7 +78,6 @@ def test_transparent_pictures_stand_on_white(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("suffix, values, dtype, shown", [
     (".png", [0, 32768, 65535], np.uint16, [0, 128, 255]),
-    (".png", [0, 100, 200], np.uint16, [0, 0, 1]),  # dark, not bright: its white is known
     (".tif", [0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
     (".tif", [0.0, 100.0, 255.0], np.float32, [0, 100, 255]),
     (".tif", [0, 32768, 65535], np.int32, [0, 128, 255]),
@@ -171,20 +170,7 @@ def test_a_number_in_json_is_an_answer_that_can_be_given(
     assert right(example, said)
 
 
-def test_what_looks_like_a_trace_and_is_not_read_is_told(tmp_path: Path, capsys: Capture) -> None:
-    for i, field in enumerate(("rationale", "reasoning", "cot", "solution", "Explanation")):
-        rows = [{"question": f"q{j}", "answer": "a", field: "because"} for j in range(11)]
-        train = data.load_data(write_rows(tmp_path / f"{i}.json", rows), "train")
-        said = capsys.readouterr().out
-        assert f"what looks like a trace is not read: {field}; name it `trace`" in said
-        assert "10 without a trace" in said
-        assert not train[0].trace
-    rows = [{"question": f"q{j}", "answer": "a", "trace": "so", "solution": "b"} for j in range(11)]
-    data.load_data(write_rows(tmp_path / "rows.json", rows), "train")
-    assert capsys.readouterr().out == ""
-
-
-def test_half_a_character_is_replaced_and_its_row_named(runs: Path, capsys: Capture) -> None:
+def test_half_a_character_is_replaced(runs: Path, capsys: Capture) -> None:
     smile = "\U0001f600"
     found = [{"question": f"What is {i}? {smile}", "answer": "red", "hint": f"Red. {smile}"}
              for i in range(12)]
@@ -192,13 +178,10 @@ def test_half_a_character_is_replaced_and_its_row_named(runs: Path, capsys: Capt
     found[5]["facts"] = "\\ud83d is no half"
     path = write_rows(runs / "rows.json", found)  # JSON writes them as \ud83d
     examples = data.load_data(path, "test")
-    said = capsys.readouterr().out
     assert examples[4].question == "What \ufffd?"
     assert examples[4].trace == "Half \ufffd."
     assert examples[5].trace == f"Red. {smile}"
     assert examples[5].facts == "\\ud83d is no half"
-    assert "rows.json: 1 rows hold half a character" in said
-    assert "the first is row 5" in said
     flags = ["--model", str(toy.BASE), "--data", path, "--steps", "2", "--mode", "sft"]
     assert run(runs, "a", *flags) == 0
 
@@ -449,20 +432,9 @@ def test_official_leaves_out_what_aokvqa_calls_difficult(tmp_path: Path) -> None
     assert right(found[1], "dog")  # it still trains
 
 
-def test_aokvqas_lists_may_be_written_as_texts(tmp_path: Path) -> None:
-    row = AOKVQA | {"direct_answers": "['cat', 'kitten']", "choices": "['cat', 'dog']",
-                    "correct_choice_idx": 0, "rationales": "['It purrs.']"}
-    example, = data.load_data(write_aokvqa(tmp_path, [row]), "test")
-    assert example.answer == "cat"
-    assert example.trace == "It purrs."
-    assert right(example, "kitten")
-    assert not right(example, "a")
-
-
 @pytest.mark.parametrize("change", [
     {"correct_choice_idx": 2}, {"correct_choice_idx": -1}, {"correct_choice_idx": None},
-    {"direct_answers": []}, {"choices": 3}, {"rationales": [1]}, {"rationales": "It sits."},
-    {"direct_answers": "dog"}, {"direct_answers": "['a' 'b']"}, {"direct_answers": ["", " "]},
+    {"direct_answers": []}, {"choices": 3}, {"rationales": "It sits."}, {"direct_answers": "dog"}, {"direct_answers": ["", " "]},
     {"image_id": 8}, {"image_id": "x"}, {"question": ""}, {"question": None},
 ])
 def test_aokvqa_rows_that_cannot_be_used_are_skipped(
@@ -818,13 +790,11 @@ def test_released_traces_join_rows_of_their_form() -> None:
 # ---- References that can be imitated -------------------------------------------------------------
 
 
-def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
+def test_a_trace_longer_than_the_context_falls_back_and_is_told(
         runs: Path, tiny: Policy, capsys: Capture) -> None:
     found = [{"question": f"Which {i}?", "answer": "red", "hint": "It is red."} for i in range(24)]
     found[2]["hint"] = "red 3, " * 9000
     found[3]["hint"] = "red 3, " * 60  # fewer tokens than half of the context has bytes: it fits
-    found[4]["hint"], found[5]["answer"] = "So.\nANSWER: red", "Answer: red"
-    found[6]["hint"] = "It ends<end_of_utterance> here."
     examples = [Example(row["question"], row["answer"], trace=row["hint"], name=f"row {i}")
                 for i, row in enumerate(found)]
     checked = data.check_references(examples, tiny, lambda e: len(
@@ -832,12 +802,9 @@ def test_a_trace_longer_than_the_context_falls_back_and_marks_are_told_once(
     said = capsys.readouterr().out.splitlines()
     assert checked[2].trace is None
     assert [a for a, b in zip(checked, examples, strict=True) if a != b] == [checked[2]]
-    assert len(said) == 3
+    assert len(said) == 1
     assert "context of 512" in said[0]
     assert said[0].endswith("row 2")
-    assert "2 training rows hold 'Answer:'" in said[1]
-    assert said[1].endswith("the first is row 4")
-    assert said[2].endswith("row 6")
     path = write_rows(runs / "rows.json", found)
     flags = ["--model", str(toy.BASE), "--data", path, "--steps", "3", "--mode", "sft"]
     assert run(runs, "a", *flags, "--prompts", "4", "--generations", "8") == 0  # every row
