@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import sys
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +44,9 @@ def default_folder(cfg: Config) -> str:
 
 @contextlib.contextmanager
 def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
-    """Read a run's training and held-out rows, enter its folder, and keep other processes out.
+    """Read training and held-out rows, settle the run's length, enter and lock its folder.
 
-    Settles how long the run is. If it ends before its first checkpoint, the run that it was to
-    replace is put back. Raises UserError: an existing run is touched only if asked.
+    If it ends before its first checkpoint, the run that it replaces is put back. Raises UserError.
     """
     with contextlib.ExitStack() as stack:
         with parallel.errors_shared():
@@ -60,20 +56,18 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
             held_out = data.spread(held_out, cfg.eval_rows)
             settings.settle_length(cfg, len(examples))
             parallel.check_share(cfg.prompts)
-        mine = describe_rows(examples, held_out) | {"seal": seal(dataclasses.asdict(cfg))}
-        if any(other != mine for other in parallel.gather(mine)):
+        rows = describe_rows(examples, held_out)
+        if any(other != (cfg, rows) for other in parallel.gather((cfg, rows))):
             raise UserError("the processes of this run differ in their flags or rows")
         # An exception, so that also a signal brings the run before back.
         stack.enter_context(signals_handled(signal.default_int_handler))
         with parallel.errors_shared():
             if parallel.is_main():
-                enter(cfg, stack)
-                if cfg.resume:
-                    check_unchanged(Path(cfg.out), describe_rows(examples, held_out))
+                enter(cfg, rows, stack)
         yield examples, held_out
 
 
-def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
+def enter(cfg: Config, rows: dict[str, Any], stack: contextlib.ExitStack) -> None:
     """Enter the run folder, or make it, and lock it until the stack ends. Raises UserError."""
     run = Path(cfg.out)
     if (run / "config.json").exists():
@@ -85,7 +79,10 @@ def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
         ours = {files.LOCK, "helper.jsonl"}  # what a start that failed may leave
         if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
-    check_inputs(cfg, run)
+    # A resumed run reads its base only as the KL's reference, which must not be the policy.
+    inside = Path(cfg.model).exists() and Path(cfg.model).resolve().is_relative_to(run.resolve())
+    if inside and (cfg.beta or not cfg.resume):
+        raise UserError(f"--model {cfg.model}: lies in --out {run}; name another --out")
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.locked(run))
     for name in FOLDERS:
@@ -93,18 +90,8 @@ def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
     if (run / "checkpoint").exists() or read_config(run).get("saved"):
         restore(run)  # if a start that was to replace this run was killed
     stack.callback(restore, run)
-
-
-def check_inputs(cfg: Config, run: Path) -> None:
-    """Raise UserError if what the run starts from lies in the folder that it writes into."""
-    for name in ("model", "data", "hints"):
-        given = getattr(cfg, name)
-        inside = Path(given).exists() and Path(given).resolve().is_relative_to(run.resolve())
-        # A resumed run reads its base only as the KL's reference, which must not be the policy.
-        unread = not given or (name == "model" and cfg.resume and not cfg.beta)
-        if inside and not unread:
-            raise UserError(f"--{name} {given}: lies in --out {run}, where the run would write "
-                            "over it; name another --out")
+    if cfg.resume:
+        check_unchanged(run, rows)
 
 
 def outputs(run: Path) -> list[Path]:
@@ -112,9 +99,7 @@ def outputs(run: Path) -> list[Path]:
     names = [folder + end for folder in FOLDERS for end in ("", ".tmp", ".old")]
     names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "predictions.jsonl",
               "evaluation.json", "tensorboard"]
-    evaluated = [file for file in run.glob("held-out-*.jsonl")
-                 if re.fullmatch(r"held-out-\d+", file.stem)]
-    return [run / name for name in names] + evaluated
+    return [*map(run.joinpath, names), *run.glob("held-out-[0-9]*.jsonl")]
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -128,40 +113,26 @@ def write_config(run: Path, saved: dict[str, Any]) -> None:
     files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
 
 
-def digest(value: object) -> str:
-    """A hash of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def seal(saved: dict[str, Any]) -> str:
-    """A hash of a run's settings, but for those that may change."""
-    free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal"}
-    return digest({key: value for key, value in saved.items() if key not in free})
-
-
 def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
     """What tells other rows from those that a run began with; of images, which rows have one."""
     columns = [(e.question, e.answer, e.trace, e.facts, bool(e.image))
                for e in [*examples, *held_out]]
-    return {"training rows": len(examples), "held-out rows": len(held_out), "hash": digest(columns)}
+    return {"training rows": len(examples), "held-out rows": len(held_out),
+            "hash": hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]}
 
 
-def check_unchanged(run: Path, found: dict[str, Any]) -> None:
-    """Raise UserError if a run lost its checkpoint or its rows changed; tell edited settings."""
+def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
+    """Raise UserError if a run lost its checkpoint, or if its rows changed since it began."""
     saved = read_config(run)
     if saved.get("saved") and not (run / "checkpoint").exists():
         raise UserError(f"--out {run}: has no checkpoint to go on from, though one was saved; "
                         "bring it back, or start again with --overwrite")
     before = saved.get("rows", {})
-    changed = [f"{key}: {before.get(key)} then, {found[key]} now" for key in found
-               if before.get(key) != found[key]]
-    if changed:
-        raise UserError(f"--data {saved['data']}: has changed since the run began "
-                        f"({'; '.join(changed)}); bring the old rows back, or start a new run "
-                        "with another --out")
-    if saved.get("seal") != seal(saved):
-        print(f"warning: {run / 'config.json'}: its settings were edited since the run began",
-              file=sys.stderr)
+    for key, now in rows.items():
+        if before.get(key) != now:
+            raise UserError(f"--data {saved['data']}: has changed since the run began ({key}: "
+                            f"{before.get(key)} then, {now} now); bring the old rows back, or "
+                            "start a new run with another --out")
 
 
 def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Example]) -> None:
@@ -173,8 +144,9 @@ def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Exampl
     if not resumed:
         put_aside(run)
     # What --resume changed holds from now on.
-    saved = dataclasses.asdict(cfg) | {"resume": False, "overwrite": False, "saved": resumed}
-    write_config(run, saved | {"rows": describe_rows(examples, held_out), "seal": seal(saved)})
+    write_config(run, dataclasses.asdict(cfg) | {
+        "resume": False, "overwrite": False, "saved": resumed,
+        "rows": describe_rows(examples, held_out)})
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
         logged = files.read_jsonl(run / f"{name}.jsonl")
@@ -220,39 +192,20 @@ def settled(run: Path) -> None:
         files.remove(run / ASIDE)
 
 
-# ---- Training state ------------------------------------------------------------------------------
-
-
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Save the training state beside the weights, and their hash in it. Raises OSError."""
-    file = folder / "training_state.pt"
-    try:
-        with file.open("wb") as written:
-            torch.save(state | {"weights": hash_weights(folder)}, written)
-    except RuntimeError as error:  # PyTorch hides what the disk said
-        code = getattr(error.__context__, "errno", errno.EIO)
-        raise OSError(code, os.strerror(code), str(file)) from None
-
-
-def hash_weights(folder: Path) -> list[str]:
-    """A hash of each file of weights in a transformers directory."""
-    found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return found
+    """Save the training state beside the weights. Raises OSError."""
+    with (folder / "training_state.pt").open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # PyTorch hides what the disk said
+            raise error.__context__ or error from None
 
 
 def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
-    """The training state beside a checkpoint's weights; the optimiser takes its part.
-
-    Raises UserError if it is missing, damaged, or not of these weights.
-    """
+    """The training state; the optimiser takes its part. Raises UserError if it is damaged."""
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
-        if state["weights"] != hash_weights(file.parent):
-            raise ValueError("it was saved with other weights than those beside it")
         optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):
@@ -260,7 +213,7 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
     except Exception as error:  # noqa: BLE001 - damaged files raise many kinds
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{file}: cannot be read ({reason}); a new run may start from the weights, "
-                        f"--model {quoted(run)} --out NEW") from None
+                        f"--model {shlex.quote(str(run))} --out NEW") from None
 
 
 def check_weights(model: torch.nn.Module) -> None:
@@ -269,12 +222,7 @@ def check_weights(model: torch.nn.Module) -> None:
         raise DivergedError("the weights are no longer finite; try a lower --lr")
 
 
-# ---- What is printed -----------------------------------------------------------------------------
-
-
-def quoted(run: Path) -> str:
-    """A folder as a command takes it, also if its name begins like a flag."""
-    return shlex.quote(f"./{run}" if str(run).startswith("-") else str(run))
+# ---- What is printed and logged ------------------------------------------------------------------
 
 
 def print_start(cfg: Config, device: torch.device, training: int, held_out: int, step: int) -> None:
@@ -293,9 +241,11 @@ def print_start(cfg: Config, device: torch.device, training: int, held_out: int,
 def print_stopped(run: Path) -> None:
     """Say how to go on."""
     if parallel.is_main():
-        print(f"stopped; go on with: python dyme.py --resume --out {quoted(run)}")
-        if not (run / "config.json").exists():
-            print(f"{run} was moved meanwhile: first move {run / 'checkpoint'} to where it is now")
+        print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+
+
+SUMMARY = {"accuracy": "right and in the format", "valid_thinking": "and with valid thinking",
+           "in_format": "in the format", "any_format": "last word right, in any format"}
 
 
 def print_summary(run: Path, mode: str, steps: int) -> None:
@@ -303,28 +253,26 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
     evaluated = files.read_jsonl(run / "evaluations.jsonl")
     if not (parallel.is_main() and evaluated):
         return
-    before, after, key = evaluated[0], evaluated[-1], itemgetter("name", "question")
-    new = {key(row): row for row in files.read_jsonl(run / f"held-out-{steps}.jsonl")}
-    old = [row for row in files.read_jsonl(run / f"held-out-{before['step']}.jsonl")
-           if key(row) in new]
+    before, after = evaluated[0], evaluated[-1]
+    old, new = ({(row["name"], row["question"]): row
+                 for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
+                for step in (before["step"], steps))
     # One of each source, of those first that the base is worst at; then others.
-    first = [*{row["source"]: row for row in reversed(old)}.values()]
-    first.sort(key=lambda row: before.get(f"any_format_{row['source']}", 0.0))
-    for row in (first + [row for row in old if row not in first])[:3]:
-        facts = f"; {row['facts']}" if row.get("facts") else ""
-        print(f"\n{row['question']} (answer: {row['answer']}{facts})")
-        for when, said in (("before", row), ("after", new[key(row)])):
+    both = [key for key in old if key in new]
+    first = [*{old[key]["source"]: key for key in reversed(both)}.values()]
+    first.sort(key=lambda key: before.get(f"any_format_{old[key]['source']}", 0.0))
+    for key in list(dict.fromkeys(first + both))[:3]:
+        facts = f"; {old[key]['facts']}" if old[key].get("facts") else ""
+        print(f"\n{old[key]['question']} (answer: {old[key]['answer']}{facts})")
+        for when, said in (("before", old[key]), ("after", new[key])):
             print(f"  {when}: {verdict(said)}")
             print(textwrap.indent(said["response"] or "(nothing)", "    "))
     print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
-    for title, name in (("right and in the format", "accuracy"),
-                        ("and with valid thinking", "valid_thinking"),
-                        ("in the format", "in_format"),
-                        ("last word right, in any format", "any_format")):
+    for name, title in SUMMARY.items():
         if None not in (before.get(name), after.get(name)):
             print(f"  {title:31} {before[name]:.3f} -> {after[name]:.3f}")
-    print(f"everything is in {run}; next: python eval.py {quoted(run)}, "
-          f"python eval.py report {quoted(run)}")
+    folder = shlex.quote(str(run))
+    print(f"everything is in {run}; next: python eval.py {folder}, python eval.py report {folder}")
 
 
 def verdict(judged: dict[str, Any]) -> str:
@@ -332,8 +280,10 @@ def verdict(judged: dict[str, Any]) -> str:
     wrong = "answer wrong" if judged["in_format"] else "not in the format"
     answer = "answer right" if judged["accuracy"] else wrong
     fault = judged.get("thinking_fault")  # None without facts to judge by
-    thinking = "" if fault is None else f"thinking false: {fault}" if fault else "thinking valid"
-    return "; ".join(filter(None, (answer, thinking)))
+    if fault is None:
+        return answer
+    known = fault if "not judged" in fault else f"false: {fault}"
+    return f"{answer}; thinking {known if fault else 'valid'}"
 
 
 def progress_bar(name: str, first: int, steps: int) -> tqdm:
@@ -345,11 +295,9 @@ def progress_bar(name: str, first: int, steps: int) -> tqdm:
 
 def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
     """Move the bar of a run on by a step; in a log write a line."""
-    values = {}
     shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}
-    for key, short in shown.items():
-        if key in metrics:
-            values[short] = f"{metrics[key]:.2f}" if metrics[key] < 10 else f"{metrics[key]:.0f}"
+    values = {short: f"{metrics[key]:.2f}" if metrics[key] < 10 else f"{metrics[key]:.0f}"
+              for key, short in shown.items() if key in metrics}
     bar.set_postfix(values, refresh=False)
     bar.update()
     if parallel.is_main() and not sys.stderr.isatty():
@@ -357,8 +305,6 @@ def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
         line = " ".join(f"{key}={value}" for key, value in values.items())
         print(f"{name} {seconds:.2f} s {line}", file=sys.stderr)
 
-
-# ---- Logging -------------------------------------------------------------------------------------
 
 TOLD: set[str] = set()  # what could not be written
 
@@ -378,8 +324,7 @@ class Output:
     """A stream, such as stdout, whose failure (a closed terminal, a full disk) ends no run."""
 
     def __init__(self, stream: Any, name: str) -> None:
-        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
-        self.name = name
+        self.stream, self.name = stream or open(os.devnull, "w"), name  # None: closed at the start
         with contextlib.suppress(AttributeError):  # a stand-in may not have it
             self.stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
 
@@ -387,14 +332,10 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write at once; after a failure all goes to nowhere."""
+        """Write at once."""
         with tolerated(self.name):
-            try:
-                self.stream.write(text)
-                self.stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-                raise
+            self.stream.write(text)
+            self.stream.flush()
         return len(text)
 
 
@@ -427,34 +368,31 @@ def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]],
             record(run / "samples.jsonl", row, None)
 
 
-MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both"}
+MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both",
+         (False, False): "buffered"}  # the last waits in the buffer of `--switch budget`
 FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it returns
 
 
 def describe_groups(done: Step, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Rows for `samples.jsonl`: the groups of the prompts that are followed, or of one, in full."""
-    # Chosen by a hash of the name, not at random: prompts return in each epoch, and every run
-    # keeps the same.
+    # Chosen by a hash of the name, so that every run keeps the same.
     hashes = [zlib.crc32(example.name.encode()) for example in done.examples]
     chosen = [p for p, value in enumerate(hashes) if value < FOLLOWED]
+    numbers = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards,
+               "advantage": done.advantages} if done.responses else {}  # SFT has none
     found = []
     for p in chosen or [hashes.index(min(hashes))]:
-        example, responses = done.examples[p], []
+        example = done.examples[p]
+        responses = [
+            {"text": response.text, "finished": response.finished, "r_f": float(response.in_format)}
+            | {name: round(value[p, k].item(), 4) for name, value in numbers.items()}
+            for k, response in enumerate(done.responses[p] if done.responses else ())]
         targets = [s.ids for s in done.sequences if s.prompt == p and not s.explore]
-        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in targets]
-        # Neither explored nor memorized: it waits in the buffer of `--switch budget`.
-        mode = MODES.get((bool(done.explore[p]), bool(targets)), "buffered")
-        if done.responses:  # SFT has none
-            numbers = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards,
-                       "advantage": done.advantages}
-            for k, response in enumerate(done.responses[p]):
-                rounded = {name: round(value[p, k].item(), 4) for name, value in numbers.items()}
-                responses.append({"text": response.text, "finished": response.finished,
-                                  "r_f": float(response.in_format)} | rounded)
-        found.append({"step": done.step, "name": example.name, "source": example.source,
-                      "question": example.question, "answer": example.answer,
-                      "facts": example.facts, "mode": mode, "trace": example.trace,
-                      "target": decoded[0] if decoded else None, "responses": responses})
+        decoded = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in targets[:1]]
+        found.append({"step": done.step, "mode": MODES[bool(done.explore[p]), bool(targets)],
+                      "target": decoded[0] if decoded else None, "responses": responses}
+                     | {key: getattr(example, key) for key in
+                        ("name", "source", "question", "answer", "facts", "trace")})
     return found
 
 
@@ -473,10 +411,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 @contextlib.contextmanager
 def signals_handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     """Give the signals that ask a run to stop to a handler, within a block."""
-    # What `nohup` has the process ignore stays ignored.
-    numbers = [number for number in STOP_SIGNALS
-               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN}  # as `nohup` sets SIGHUP
     try:
         yield
     finally:
@@ -492,9 +428,7 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
     def handle(number: int, _: Any) -> None:
         # torchrun passes Ctrl-C on as a SIGTERM, which is no second one; SIGXCPU comes each second.
         if number in received and number in (signal.SIGINT, signal.SIGTERM):
-            print("interrupted", file=sys.stderr)
-            # Not by an exception, which would wait for threads, and they perhaps for a helper.
-            # Files are whole at any time.
+            # Not by an exception, which would wait for threads. Files are whole at any time.
             os._exit(130)
         received.append(number)
         with contextlib.suppress(RuntimeError):  # if it came in the middle of another line
@@ -509,27 +443,26 @@ def run_main(program: Callable[[], None]) -> int:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    message, code = "", 0
-    with (contextlib.redirect_stdout(Output(sys.stdout, "stdout")),  # type: ignore[type-var]
-          contextlib.redirect_stderr(Output(sys.stderr, "stderr"))):  # type: ignore[type-var]
+    streams = Output(sys.stdout, "stdout"), Output(sys.stderr, "stderr")
+    with (contextlib.redirect_stdout(streams[0]),  # type: ignore[type-var]
+          contextlib.redirect_stderr(streams[1])):  # type: ignore[type-var]
         try:
             program()
+            return 0
         except UserError as error:
             message, code = f"error: {error}", 2
         except DivergedError as error:
             message, code = f"error: {error}; the last checkpoint, if there is one, is kept", 1
         except KeyboardInterrupt:
             message, code = "interrupted", 130
-        except OSError as error:
-            if error.filename is None:
+        except (OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                message, code = f"error: {error.filename}: {error.strerror}", 2
+            elif (isinstance(error, MemoryError | torch.OutOfMemoryError)
+                  or "t allocate memory" in str(error)):  # as PyTorch says on the CPU
+                message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
+                                 "eval.py), --image-edge, --max-new-tokens or --generations"), 2
+            else:
                 raise
-            message, code = f"error: {error.filename}: {error.strerror}", 2
-        except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not known and "t allocate memory" not in str(error):  # as PyTorch says on the CPU
-                raise
-            message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
-                             "eval.py), --image-edge, --max-new-tokens or --generations"), 2
-        if message:
-            print(message, file=sys.stderr)
-    return code
+        print(message, file=sys.stderr)
+        return code

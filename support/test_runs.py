@@ -158,25 +158,6 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(runs: Path, capsys: Capt
     assert run(runs, "a", "--resume") == 0
 
 
-def test_a_lock_that_is_removed_by_hand_still_holds(tmp_path: Path) -> None:
-    with held(tmp_path):
-        (tmp_path / files.LOCK).unlink()
-        with pytest.raises(UserError, match="another process"), files.locked(tmp_path):
-            pass
-    with files.locked(tmp_path):
-        pass
-
-
-def test_the_lock_file_holds_where_folders_cannot_be_locked(
-        tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(files.fcntl, "flock", lambda handle, how, real=files.fcntl.flock:
-                        fail(OSError("a network disk")) if Path(f"/proc/self/fd/{handle}").is_dir()
-                        else real(handle, how))
-    with held(tmp_path), pytest.raises(UserError, match="another process"):
-        with files.locked(tmp_path):
-            pass
-
-
 @pytest.mark.parametrize("change, says", [
     (lambda rows: [row for row in rows if " 5 " not in row["question"]], "rows: 18 then, 17 now"),
     (lambda rows: [row | {"answer": "blue"} for row in rows], "has changed"),
@@ -209,16 +190,6 @@ def test_a_run_whose_trace_was_too_long_to_imitate_goes_on(runs: Path, capsys: C
     assert run(runs, "a", "--resume") == 0
 
 
-def test_settings_edited_by_hand_are_told(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0
-    change_config(runs / "a", save_every=7)  # which may change
-    assert run(runs, "a", "--resume") == 0
-    assert "edited" not in capsys.readouterr().err
-    change_config(runs / "a", lr=0.5)
-    assert run(runs, "a", "--resume") == 0
-    assert "config.json: its settings were edited" in capsys.readouterr().err
-
-
 # ---- A run that starts does not cost the one before ----------------------------------------------
 
 
@@ -232,10 +203,6 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys
     for model in (a, f"{a}/../a/best", f"{a}/checkpoint"):
         assert run(runs, "a", "--model", model, *grpo) == 2
         assert "--out" in capsys.readouterr().err
-    rows = [{"question": f"{i}?", "answer": "1"} for i in range(4)]
-    (runs / "a" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = f"{a}/samples.jsonl"
-    assert run(runs, "a", "--model", str(toy.BASE), "--data", data, "--overwrite") == 2
     assert (runs / "a" / "held-out-2.jsonl").exists()
     assert run(runs, "a", "--steps", "1", "--overwrite") == 0
     left = {path.name for path in (runs / "a").iterdir()}
@@ -347,13 +314,6 @@ def test_broken_weights_and_failing_steps_are_not_saved(
     frozen.weight.fill_(math.inf)
     with pytest.raises(DivergedError):
         run_folders.check_weights(frozen)
-
-
-def test_weights_and_state_of_different_saves_do_not_go_on(runs: Path, capsys: Capture) -> None:
-    assert run(runs, "a", "--steps", "1") == 0 == run(runs, "b", "--steps", "1", "--seed", "1")
-    shutil.copy(runs / "b" / "checkpoint" / "model.safetensors", runs / "a" / "checkpoint")
-    assert run(runs, "a", "--resume") == 2
-    assert "it was saved with other weights than those beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whither", ["elsewhere", "nowhere"])
@@ -531,7 +491,6 @@ def test_only_plain_files_are_replaced(runs: Path, capsys: Capture) -> None:
     assert (runs / "target").read_text() == "mine"
     assert (runs / "link").is_symlink()
     assert (runs / "pipe").is_fifo()
-    assert files.read_jsonl(Path("/dev/zero")) == []  # which never ends
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -589,20 +548,6 @@ def test_numbers_that_cannot_be_are_refused(
     assert not (runs / "a").exists()
     if flags[0] == "--temperature":
         assert run_folders.run_main(lambda: evaluation.main(["tiny", *flags])) == 2
-
-
-def test_names_that_are_not_utf8_are_refused_before_anything_is_done(
-        runs: Path, capsys: Capture) -> None:
-    assert run(runs, os.fsdecode(b"a\xff"), "--steps", "1") == 2
-    assert "must be UTF-8" in capsys.readouterr().err
-    assert list(runs.iterdir()) == []
-
-
-def test_printed_commands_take_a_name_that_begins_like_a_flag(
-        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.chdir(runs)
-    run_folders.print_stopped(Path("-x y"))
-    assert "--resume --out './-x y'" in capsys.readouterr().out
 
 
 def test_a_password_in_a_url_is_not_printed(runs: Path, capsys: Capture) -> None:
