@@ -17,7 +17,7 @@ from test_dyme import Capture, Patch, evaluate, run
 @pytest.mark.parametrize("flags, says", [
     ("--bogus", "--bogus"), ("--model SmolVLM-256M", "--model SmolVLM-256M: say with --data"),
     ("--mode ppo", "invalid choice: 'ppo'"), ("--generations 1", "at least 2"),
-    ("--generations 9999999999", "tokens a step"), ("--data nowhere", "--data nowhere"),
+    ("--generations 9999999999", "at most 1e+09"), ("--data nowhere", "--data nowhere"),
     ("--data missing.json --model BASE", "missing.json"),
     ("--data chartqa --model SmolVLM-265M", "--model SmolVLM-265M: no such folder"),
     ("--steps 0", "--steps 0"), ("--lr nan", "--lr nan"), ("--beta 0.1", "--beta"),
