@@ -23,7 +23,7 @@ class Domain:
     files: dict[str, str]  # split: pattern of its file's name; val is else a tenth of train
     row: Callable[[dict[str, Any], Any, str], Example | None]  # (row, folder, name); None: ignored
     page: str  # where to get it
-    hub: tuple[str, ...] = ()  # data set id and files, where they are plain JSON and zip
+    hub: tuple[str, ...] = ()  # data set id and files, where they can be downloaded
 
 
 def read(source: str, split: str) -> data.Rows:
@@ -225,21 +225,17 @@ LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+
 
 
 def letters(text: str, choices: dict[str, Quantity], unlisted: bool = False) -> set[str]:
-    """The letters that a whole answer consists of: C; C (140°); C, because; C and D; else none.
+    """The letters that a whole answer consists of: C; C and D; C (140°), if that is its value.
 
-    A value beside a letter must be its own, unless the choices are `unlisted` in the question.
+    Where the question lists no choices (`unlisted`), any value may stand beside a letter.
     """
     text = reward.strip_answer(text)
-    text = text.upper() if re.fullmatch(r"\(?[a-h]\)?", text) else text
+    text = text.upper() if len(text) == 1 else text
     if re.fullmatch(r"(?:[\s,;&().]*(?:and )?\b[A-H]\b)+[\s,;&().]*", text):
         return set(re.findall(r"\b[A-H]\b", text))
-    match = re.fullmatch(r"\(?([A-H])\)?(?: *[:.,)=] *| - | *(?=\()| +(?=because|since))(.+)", text)
-    if not match:
-        return set()
-    letter, rest = match.groups()
-    value, texts = choices.get(letter), (rest, rest.removeprefix("(").removesuffix(")"))
-    fits = value and any(same(quantity(text), value) for text in texts)
-    return {letter} if fits or unlisted or re.match("because|since", rest) else set()
+    match = re.fullmatch(r"\(?([A-H])\)?(?:\s*[:.,)=-]|\s*(?=\())\s*(.+)", text)
+    fits = match and match[1] in choices and same(quantity(match[2]), choices[match[1]])
+    return {match[1]} if match and (fits or unlisted) else set()
 
 
 # How formulas and units are written, and what is compared instead.
@@ -283,10 +279,9 @@ def same(given: Quantity, target: Quantity) -> bool:
 
 
 def join(examples: list[Example], file: str) -> list[Example]:
-    """The rows that have a trace in a file, with it (Table S1: the paper trains on these).
+    """The rows that have a trace in a file, with it (as in Table S1). Raises UserError.
 
-    Of several traces for one question and answer, a row takes the one that it has itself, or none:
-    the files do not say which image they belong to. Raises UserError.
+    Of several for one question and answer (of other images) a row takes the one it has, or none.
     """
     traces: dict[tuple[str, str], dict[str, str | None]] = {}
     for place, row in data.parse_rows(Path(file)):
