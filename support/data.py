@@ -34,10 +34,7 @@ Rows = tuple[list[Example], list[str], list[str]]
 
 def load_data(data: str, split: str, traces: str = "low", augmented: bool = False,
               hints: str = "") -> list[Example]:
-    """Load a split (train, val or test) of what `data` names; `hints` are traces for train.
-
-    Says what is skipped. Raises UserError if nothing can be used, or one of your own rows cannot.
-    """
+    """Load a split (train, val, test) and say what is skipped. Raises UserError."""
     own = Path(data).suffix in (".json", ".jsonl")
     if (hints or augmented) and (own or data == "toy"):
         raise UserError(f"--{'hints' if hints else 'augmented'} belongs to published data")
@@ -120,10 +117,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_rows(file: Any) -> list[tuple[str, Any]]:
-    """The rows of a .json list or .jsonl file, also in a zip, each with its place: row 3, line 7.
-
-    Raises UserError naming the file, and the line of a .jsonl.
-    """
+    """A .json list's or .jsonl's rows, each with its place: row 3, line 7. Raises UserError."""
     text, where = read_text(file), ""
     try:
         if PurePosixPath(file.name).suffix != ".jsonl":
@@ -132,11 +126,9 @@ def parse_rows(file: Any) -> list[tuple[str, Any]]:
                 raise ValueError("it holds no list of rows")
             return [(f"row {number}", row) for number, row in enumerate(found, 1)]
         rows = []
-        # Not splitlines(), which also splits at separators that JSON strings may hold.
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # strings may hold other separators
             where = f"line {number}: "
-            if line.strip():
-                rows.append((f"line {number}", parse_json(line)))
+            rows += [(where[:-2], parse_json(line))] if line.strip() else []
         return rows
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({where}{error})") from None
@@ -200,7 +192,6 @@ def own_text(row: dict[str, Any], key: str, name: str) -> str:
 
 def image_opener(path: Any, name: str) -> Callable[[], Image.Image]:
     """What decodes an image, on disk or in a zip, as RGB. Raises UserError, now or then."""
-
     def open_image(header_only: bool = False) -> Image.Image:
         try:
             with path.open("rb") as file:
@@ -234,9 +225,6 @@ def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
     """Limit the longest edge to that many pixels (0: leave it as it is)."""
     image.thumbnail((longest_edge or image.width, longest_edge or image.height))
     return image
-
-
-# ---- References ----------------------------------------------------------------------------------
 
 
 def check_references(examples: list[Example], policy: "Policy",

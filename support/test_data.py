@@ -613,8 +613,8 @@ WORDS = "Which?\nChoices:\nA. Increasing\nB. Decreasing\nC. Constant\nD. None"
 
 
 @pytest.mark.parametrize("question, answer, good, bad", [
-    (ANGLES, "C", r"C|c|(C)|\boxed{C}|Option C|C (140°)|C, because|C: 140|The answer is C|140|"
-                  r"140 degrees|$140^\circ$|**C**|\text{C}|C. 140°|C because it fits|C - 140|"
+    (ANGLES, "C", r"C|c|(C)|\boxed{C}|Option C|C (140°)|C: 140|The answer is C|140|"
+                  r"140 degrees|$140^\circ$|**C**|\text{C}|C. 140°|C - 140|"
                   r"∠C = 140°|The answer is 140|C) 140",
      r"A|(B)|40|60|A: 140|C: 60|C (60)|B, C|C or B|-140|147|A C|1400|C, D|A line C|C - 60|A: 140°"),
     (ANGLES, "B", "B|60", "58|57|63|61|A"),  # no tolerance
