@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -108,11 +109,6 @@ def read_config(run: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def write_config(run: Path, saved: dict[str, Any]) -> None:
-    """Replace `config.json`."""
-    files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
-
-
 def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
     """What tells other rows from those that a run began with; of images, which rows have one."""
     columns = [(e.question, e.answer, e.trace, e.facts, bool(e.image))
@@ -144,9 +140,9 @@ def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Exampl
     if not resumed:
         put_aside(run)
     # What --resume changed holds from now on.
-    write_config(run, dataclasses.asdict(cfg) | {
-        "resume": False, "overwrite": False, "saved": resumed,
-        "rows": describe_rows(examples, held_out)})
+    saved = dataclasses.asdict(cfg) | {"resume": False, "overwrite": False, "saved": resumed,
+                                       "rows": describe_rows(examples, held_out)}
+    files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
         logged = files.read_jsonl(run / f"{name}.jsonl")
@@ -186,9 +182,9 @@ def restore(run: Path) -> None:
 def settled(run: Path) -> None:
     """Write down that a run has saved, after which the one that it replaces can go."""
     with tolerated(str(run / "config.json")):
-        saved = read_config(run)
-        if saved and not saved.get("saved"):  # nothing, if the folder was moved meanwhile
-            write_config(run, saved | {"saved": True})
+        if saved := read_config(run):  # nothing, if the folder was moved meanwhile
+            saved["saved"] = True
+            files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
         files.remove(run / ASIDE)
 
 
@@ -227,15 +223,11 @@ def check_weights(model: torch.nn.Module) -> None:
 
 def print_start(cfg: Config, device: torch.device, training: int, held_out: int, step: int) -> None:
     """Say what begins."""
-    if not parallel.is_main():
-        return
     begins = "going on" if step else "nothing was saved, starting" if cfg.resume else "starting"
     where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
-    print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
-          f"{where}")
-    if training < cfg.prompts:
-        print(f"--prompts {cfg.prompts}: a step takes each of the {training} training rows more "
-              "than once")
+    if parallel.is_main():
+        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
+              f"{where}")
 
 
 def print_stopped(run: Path) -> None:
@@ -320,23 +312,13 @@ def tolerated(what: str) -> Iterator[None]:
             print(f"warning: {what}: cannot be written ({error}); going on", file=sys.stderr)
 
 
-class Output:
-    """A stream, such as stdout, whose failure (a closed terminal, a full disk) ends no run."""
-
-    def __init__(self, stream: Any, name: str) -> None:
-        self.stream, self.name = stream or open(os.devnull, "w"), name  # None: closed at the start
-        with contextlib.suppress(AttributeError):  # a stand-in may not have it
-            self.stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write at once."""
-        with tolerated(self.name):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
+def guard_streams() -> None:
+    """Let a closed terminal, a full disk or a letter that a terminal lacks end no run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and not hasattr(stream.write, "__wrapped__"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            stream.write = tolerated(name)(stream.write)  # type: ignore[method-assign]
 
 
 def open_board(wanted: bool, run: Path, step: int) -> SummaryWriter | None:
@@ -443,26 +425,24 @@ def run_main(program: Callable[[], None]) -> int:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    streams = Output(sys.stdout, "stdout"), Output(sys.stderr, "stderr")
-    with (contextlib.redirect_stdout(streams[0]),  # type: ignore[type-var]
-          contextlib.redirect_stderr(streams[1])):  # type: ignore[type-var]
-        try:
-            program()
-            return 0
-        except UserError as error:
-            message, code = f"error: {error}", 2
-        except DivergedError as error:
-            message, code = f"error: {error}; the last checkpoint, if there is one, is kept", 1
-        except KeyboardInterrupt:
-            message, code = "interrupted", 130
-        except (OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                message, code = f"error: {error.filename}: {error.strerror}", 2
-            elif (isinstance(error, MemoryError | torch.OutOfMemoryError)
-                  or "t allocate memory" in str(error)):  # as PyTorch says on the CPU
-                message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
-                                 "eval.py), --image-edge, --max-new-tokens or --generations"), 2
-            else:
-                raise
-        print(message, file=sys.stderr)
-        return code
+    guard_streams()
+    try:
+        program()
+        return 0
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except DivergedError as error:
+        message, code = f"error: {error}; the last checkpoint, if there is one, is kept", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            message, code = f"error: {error.filename}: {error.strerror}", 2
+        elif (isinstance(error, MemoryError | torch.OutOfMemoryError)
+              or "t allocate memory" in str(error)):  # as PyTorch says on the CPU
+            message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
+                             "eval.py), --image-edge, --max-new-tokens or --generations"), 2
+        else:
+            raise
+    print(message, file=sys.stderr)
+    return code
