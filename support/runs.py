@@ -189,7 +189,8 @@ def settled(run: Path) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Save the training state beside the weights. Raises OSError."""
+    """Save the training state beside the weights, and their hash in it. Raises OSError."""
+    state = state | {"weights": hash_weights(folder)}
     with (folder / "training_state.pt").open("wb") as file:
         try:
             torch.save(state, file)
@@ -197,11 +198,22 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
             raise error.__context__ or error from None
 
 
+def hash_weights(folder: Path) -> list[str]:
+    """A hash of each file of weights in a transformers directory."""
+    files_of_weights = sorted(folder.glob("*.safetensors"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of_weights]
+
+
 def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
-    """The training state; the optimiser takes its part. Raises UserError if it is damaged."""
+    """The training state; the optimiser takes its part.
+
+    Raises UserError if it is damaged, or was saved with other weights than those beside it.
+    """
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
+        if state["weights"] != hash_weights(file.parent):
+            raise ValueError("it was saved with other weights than those beside it")
         optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):

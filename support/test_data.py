@@ -434,7 +434,8 @@ def test_official_leaves_out_what_aokvqa_calls_difficult(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change", [
     {"correct_choice_idx": 2}, {"correct_choice_idx": -1}, {"correct_choice_idx": None},
-    {"direct_answers": []}, {"choices": 3}, {"rationales": "It sits."}, {"direct_answers": "dog"}, {"direct_answers": ["", " "]},
+    {"direct_answers": []}, {"choices": 3}, {"rationales": "It sits."},
+    {"direct_answers": "dog"}, {"direct_answers": ["", " "]},
     {"image_id": 8}, {"image_id": "x"}, {"question": ""}, {"question": None},
 ])
 def test_aokvqa_rows_that_cannot_be_used_are_skipped(
