@@ -81,9 +81,10 @@ def enter(cfg: Config, rows: dict[str, Any], stack: contextlib.ExitStack) -> Non
         if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
     # A resumed run reads its base only as the KL's reference, which must not be the policy.
-    inside = Path(cfg.model).exists() and Path(cfg.model).resolve().is_relative_to(run.resolve())
-    if inside and (cfg.beta or not cfg.resume):
-        raise UserError(f"--model {cfg.model}: lies in --out {run}; name another --out")
+    for name in ("model", "data", "hints") if cfg.beta or not cfg.resume else ("data", "hints"):
+        given = getattr(cfg, name)
+        if given and Path(given).exists() and Path(given).resolve().is_relative_to(run.resolve()):
+            raise UserError(f"--{name} {given}: lies in --out {run}; name another --out")
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.locked(run))
     for name in FOLDERS:

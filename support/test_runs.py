@@ -203,6 +203,10 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys
     for model in (a, f"{a}/../a/best", f"{a}/checkpoint"):
         assert run(runs, "a", "--model", model, *grpo) == 2
         assert "--out" in capsys.readouterr().err
+    rows = [{"question": f"{i}?", "answer": "1"} for i in range(4)]
+    (runs / "a" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = f"{a}/samples.jsonl"
+    assert run(runs, "a", "--model", str(toy.BASE), "--data", data, "--overwrite") == 2
     assert (runs / "a" / "held-out-2.jsonl").exists()
     assert run(runs, "a", "--steps", "1", "--overwrite") == 0
     left = {path.name for path in (runs / "a").iterdir()}
@@ -482,6 +486,16 @@ def test_only_plain_files_are_replaced(runs: Path, capsys: Capture) -> None:
     assert (runs / "target").read_text() == "mine"
     assert (runs / "link").is_symlink()
     assert (runs / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("fault, said", [
+    (None, "answer right"), ("", "answer right; thinking valid"),
+    ("red is 3, not 4", "answer right; thinking false: red is 3, not 4"),
+    ("not judged: 2 + 7 = ?", "answer right; thinking not judged: 2 + 7 = ?"),
+])
+def test_thinking_that_is_not_judged_is_not_called_false(fault: str | None, said: str) -> None:
+    judged = {"in_format": True, "accuracy": True, "thinking_fault": fault}
+    assert run_folders.verdict(judged) == said
 
 
 # ---- The command line ----------------------------------------------------------------------------
