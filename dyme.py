@@ -812,7 +812,8 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
-def step_metrics(record: Step, sequences: list[Sequence], totals: dict[str, float]) -> dict[str, Any]:
+def step_metrics(record: Step, sequences: list[Sequence],
+                 totals: dict[str, float]) -> dict[str, Any]:
     """A step's averages over the prompts of all processes (glossary in support/README.md).
 
     `totals` holds this process's sums of the loss, and what extras add.

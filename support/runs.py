@@ -130,6 +130,16 @@ def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
             raise UserError(f"--data {saved['data']}: has changed since the run began ({key}: "
                             f"{before.get(key)} then, {now} now); bring the old rows back, or "
                             "start a new run with another --out")
+    if saved.get("seal") != seal(saved):
+        print(f"warning: {run / 'config.json'}: its settings were edited since the run began",
+              file=sys.stderr)
+
+
+def seal(saved: dict[str, Any]) -> str:
+    """A hash of a run's settings, but for those that may change."""
+    free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal"}
+    fixed = {key: value for key, value in saved.items() if key not in free}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Example]) -> None:
@@ -143,6 +153,7 @@ def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Exampl
     # What --resume changed holds from now on.
     saved = dataclasses.asdict(cfg) | {"resume": False, "overwrite": False, "saved": resumed,
                                        "rows": describe_rows(examples, held_out)}
+    saved["seal"] = seal(saved)
     files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
