@@ -84,14 +84,13 @@ class Config:
     helper_concurrency: int = flag(8, "requests at a time")
     no_checker: bool = flag(False, "keep the static r_t: the helper only refines")
     no_refiner: bool = flag(False, "keep the static traces: the helper only checks")
-    # Data and repeatability
+    # Data
     seed: int = flag(0, "of data order and sampling")
     traces: Literal["high", "medium", "low"] = flag("low", "of the toy")
     hints: str = flag("", "a trace file of the release")
     augmented: bool = flag(False, "chartqa: machine-written questions too")
     image_edge: int = flag(0, "longest edge in pixels (0: the model's)")
     train_vision: bool = flag(False, "train the vision tower too")
-    # Run
     plain: bool = flag(False, "without support/fast.py")
     eval_every: int = flag(150, "steps between evaluations (0: first and last)")
     eval_rows: int = flag(512, "held-out rows in an evaluation")
@@ -894,8 +893,8 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 
     quiet = len(parts) < 2 or not parallel.is_main()
     stream = parallel.in_threads(encode, policy.processor, parts, ahead=4)
-    bar = tqdm(parts, "answering", ncols=80, leave=False, disable=quiet,
-               mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets few lines
+    bar = tqdm(parts, "answering", ncols=80, leave=False, disable=quiet, mininterval=often)
     with parallel.errors_shared(), contextlib.closing(stream), bar:
         for part in bar:
             inputs = {name: t.to(policy.device) for name, t in next(stream).items()}
@@ -995,7 +994,7 @@ def extra(name: str) -> Any:
 
 
 def always_explore(r_a: Tensor, r_t: Tensor) -> Tensor:
-    """GRPO, and two-stage after SFT: every prompt explores, (P,) bool."""
+    """GRPO: every prompt explores, (P,) bool."""
     return torch.ones(len(r_a), dtype=torch.bool)
 
 
@@ -1095,9 +1094,8 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (folder / "checkpoint").exists()
     policy = load_policy(str(folder) if resumed else cfg.model, device, cfg.image_edge)
-    # On a CPU more than 2 is no faster. A GPU begins with all, and halves when memory runs out.
-    most = len(share(cfg.prompts))
-    cfg.micro_batch = cfg.micro_batch or (most if device.type == "cuda" else min(2, most))
+    if not cfg.micro_batch:  # more than 2 is no faster on a CPU; a GPU halves until they fit
+        cfg.micro_batch = len(share(cfg.prompts)) if device.type == "cuda" else 2
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)
     trainer.rows = data.check_references(examples, policy, lambda example: len(

@@ -148,12 +148,19 @@ SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "i
          "hints": "trace", "fact": "facts"}
 
 
+LIKE_A_TRACE = "(?i)rationale|reason|cot|chain|solution|think|thought|trace|expla|steps|analy"
+
+
 def read_own(path: Path) -> Rows:
     """Read your own rows; those of an image stay together. Raises UserError naming a bad row."""
     found = parse_rows(path)
     if not found:
         raise UserError(f"{path}: holds no list of rows")
     examples = [own_row(row, path.parent, f"{path} {place}") for place, row in found]
+    unread = {key for _, row in found if not (row.get("trace") or row.get("hint"))
+              for key in row if re.match(LIKE_A_TRACE, key)} - {"trace", "hint"}
+    if unread and parallel.is_main():
+        print(f"{path}: not read: {', '.join(sorted(unread))}; a trace is called `trace`")
     return examples, [row.get("image") or str(row["question"]) for _, row in found], []
 
 

@@ -930,3 +930,12 @@ def test_every_command_of_the_readmes_is_understood_and_the_papers_are_its_recip
     for chosen, recipe in RECIPES:
         found = [cfg for cfg in configs if chosen.items() <= cfg.items()]
         assert found and all(recipe.items() <= cfg.items() for cfg in found), (chosen, found)
+
+
+def test_fields_that_look_like_a_trace_but_are_not_read_are_told(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"{i}?", "answer": "1", "rationale": "So.", "trace": "t" * (i == 0)}
+            for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data.load_data(str(tmp_path / "rows.json"), "train")
+    assert "not read: rationale; a trace is called `trace`" in capsys.readouterr().out
