@@ -238,10 +238,15 @@ def check_references(examples: list[Example], policy: "Policy",
                      length: Callable[[Example], int]) -> list[Example]:
     """The rows, less traces too long to imitate, which it says.
 
-    `length` is that of prompt and reference in tokens. Raises UserError if an answer is too long.
+    `length` is that of prompt and reference in tokens. Raises UserError if an answer is too long,
+    or a question holds what stands for a picture.
     """
     limit, kept, short = policy.context, list[Example](), list[str]()
+    picture = getattr(policy.processor, "image_token", None)
     for example in examples:
+        if picture and picture in example.question:
+            raise UserError(f"{example.name}: its question holds {picture!r}, which the model "
+                            "takes for a picture")
         # To measure takes time, and few texts have more bytes than half of a context has tokens.
         long = len(f"{example.trace or ''}{example.answer}".encode()) > limit / 2
         if long and example.trace and length(example) > limit:

@@ -939,3 +939,9 @@ def test_fields_that_look_like_a_trace_but_are_not_read_are_told(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data.load_data(str(tmp_path / "rows.json"), "train")
     assert "not read: rationale; a trace is called `trace`" in capsys.readouterr().out
+
+
+def test_a_question_that_holds_the_models_picture_token_is_refused_by_name(tiny: Policy) -> None:
+    row = Example("What is <image>?", "red", name="rows.json row 7")
+    with pytest.raises(UserError, match="rows.json row 7: its question holds '<image>'"):
+        data.check_references([row], tiny, lambda example: 1)
