@@ -184,7 +184,7 @@ def model_source(name: str) -> str:
 
 
 def load_pretrained(source: str) -> tuple[Model, Any]:
-    """Load a directory or hub id: model and processor. Raises ValueError if weights are missing."""
+    """Load a directory or hub id: model and processor. Raises ValueError."""
     # Else transformers would ask on the terminal whether a model's own code may run.
     own_code = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(source, **own_code)
@@ -274,7 +274,7 @@ PROMPT = ("Think step by step about the question below, "
 
 
 def render(processor: Any, prompt: str, has_image: bool, response: str | None = None) -> str:
-    """Render a user's prompt, and perhaps a response, with the chat template. Raises UserError."""
+    """Render a prompt, and perhaps a response, with the chat template. Raises UserError."""
     content = [{"type": "image"}] * has_image + [{"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if response is not None:
@@ -309,7 +309,7 @@ def target_ids(policy: Policy, example: Example, response: str | None = None,
     before = render(policy.processor, question, has_image)
     full = render(policy.processor, question, has_image, response)
     if not full.startswith(before):
-        raise UserError("the model's chat template does not continue the prompt that it renders")
+        raise UserError("the model's chat template does not continue its own prompt")
     # Prompt and response are tokenized together, as the model would meet them.
     texts = [full, before, full[len(before):]]
     ids, prompt_ids, alone = policy.tokenizer(texts, add_special_tokens=False).input_ids
@@ -332,7 +332,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
     texts, images = [], []
     for example in examples:
         if example.image and not hasattr(processor, "image_processor"):
-            raise UserError(f"{example.name}: has an image, which this model cannot see")
+            raise UserError(f"{example.name}: this model cannot see its image")
         question = prompt.format(question=example.question)
         texts.append(render(processor, question, bool(example.image)))
         pictures = [example.image()] if example.image else []
@@ -619,7 +619,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass
 class Trainer:
-    """What a step changes, and the functions that it asks; an extra puts others in their place."""
+    """What a step changes, and the functions that it asks; extras put in others."""
 
     cfg: Config
     policy: Policy
@@ -719,7 +719,7 @@ def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
 
 
 def update(trainer: Trainer, record: Step, lr: float, clock: list[float]) -> None:
-    """Eq. 8: add up the gradients of all sequences, take an optimiser step, write the metrics."""
+    """Eq. 8: add up the gradients of all sequences, step, write the metrics."""
     policy, temperature = trainer.policy, trainer.cfg.temperature
     # Advantage 0 teaches nothing: left out, a collapsed group costs no forward pass and no update.
     sequences = [s for s in record.sequences if s.weight or s.kl_weight]
@@ -759,7 +759,7 @@ def update(trainer: Trainer, record: Step, lr: float, clock: list[float]) -> Non
 
 
 def token_factors(sequences: list[Sequence], logprobs: Tensor) -> Tensor:
-    """The factors of tokens, (N, T), that `per_token` of sequences gives; 1 where it is unset."""
+    """The factors of tokens, (N, T), by the sequences' `per_token`; 1 where unset."""
     rows = []
     for s, row in zip(sequences, logprobs, strict=True):
         rows.append(s.per_token(row) if s.per_token else torch.ones_like(row))
@@ -880,10 +880,7 @@ def encoded(trainer: Trainer, examples: list[Example],
 def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch: int,
             draws: int = 0, temperature: float = 1.0, seed: int = 0,
             prompt: str = PROMPT) -> list[dict[str, Any]]:
-    """Judged answers to rows, one greedy or `draws` sampled each; processes share them.
-
-    `batch` is how many rows are answered at a time.
-    """
+    """Judged answers to rows, `batch` at a time, each one greedy or `draws` sampled."""
     K, own, judged = draws or 1, share(len(examples)), []
     parts = [own[first:first + batch] for first in range(0, len(own), batch)]
 
