@@ -780,7 +780,7 @@ def kl_penalty(trainer: Trainer, inputs: Inputs, prompts: list[int], sequences: 
 def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     """Clip the gradient to norm 1 and step; if it or the loss is not finite, change nothing.
 
-    Raises DivergedError after ten such steps in a row, without those of a float16 scaler's start.
+    Raises DivergedError after ten such steps in a row (not while a scaler starts).
     """
     optimizer, scaler = trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
@@ -904,7 +904,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
 
 
 def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, board: Any) -> None:
-    """If it is due, answer held-out rows greedily, log it, and keep the best weights so far."""
+    """If it is due, answer held-out rows greedily, log it, keep the best weights."""
     cfg = trainer.cfg
     due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
     if not due or step in trainer.evaluated:
@@ -1076,7 +1076,7 @@ def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
 
 
 def train(cfg: Config) -> None:
-    """Carry out a run in its folder, where no other process may be."""
+    """Carry out a run in its folder, alone."""
     source = model_source(cfg.model)
     if not cfg.resume and not Path(source).exists():  # fail before the data is downloaded
         with loading(cfg.model):
