@@ -695,7 +695,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
             target = target_ids(policy, replace(example, trace=trainer.trace(example)))
             sequences.append(Sequence(i, target, 1 / P, False))
     record = Step(step, examples, inputs, explore, sequences, responses,
-                r_a, r_t, rewards, advantages)
+                  r_a, r_t, rewards, advantages)
     record.sequences = trainer.weigh(record)
     clock.append(time.perf_counter())
 
