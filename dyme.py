@@ -1091,8 +1091,8 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (folder / "checkpoint").exists()
     policy = load_policy(str(folder) if resumed else cfg.model, device, cfg.image_edge)
-    if not cfg.micro_batch:  # more than 2 is no faster on a CPU; a GPU halves until they fit
-        cfg.micro_batch = len(share(cfg.prompts)) if device.type == "cuda" else 2
+    if not cfg.micro_batch:
+        cfg.micro_batch = parallel.pass_size(device, cfg, any(e.image for e in examples))
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)
     trainer.rows = data.check_references(examples, policy, lambda example: len(

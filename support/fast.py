@@ -11,12 +11,13 @@ an x86 processor oneDNN multiplies.
 Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query heads in G groups.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +103,8 @@ def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, K: int,
     model, uniforms = policy.model, uniforms.to(policy.device)
     with torch.no_grad(), policy.autocast():
         prefixes = [dyme.encode_prefix(model, x) for x in inputs]
-        samples = sample(model, prefixes, uniforms, policy.end_ids, policy.pad_id, temperature)
+        with packed_weights(model, len(uniforms)):
+            samples = sample(model, prefixes, uniforms, policy.end_ids, policy.pad_id, temperature)
     return dyme.decode(policy, samples)
 
 
@@ -118,6 +120,8 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
         # Asking whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
         if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
             break
+        if i % 16 == 1 and not on_cuda:  # a CUDA graph is bound to its shapes
+            decoder.leave_out_finished()
         widens = (i - 1) % block == 0
         if widens:
             decoder.widen(i - 1 + block)
@@ -126,9 +130,7 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
         if on_cuda and (i == 3 or (widens and i > 3)):
             step = capture(model, decoder.step)
         step()
-    T = int(decoder.mask.sum(1).max())
-    ids, mask, entropy = (x[:, :T] for x in (decoder.ids, decoder.mask, decoder.entropy))
-    return Samples(ids, mask, entropy, ~decoder.alive)
+    return decoder.samples()
 
 
 class Decoder:
@@ -162,8 +164,34 @@ class Decoder:
         self.mask = torch.zeros(N, T, dtype=torch.long, device=device)
         self.entropy = torch.zeros(N, T, device=device)
         self.alive = torch.ones(N, dtype=torch.bool, device=device)
+        self.finished = Samples(self.ids.clone(), self.mask.clone(), self.entropy.clone(),
+                                torch.zeros_like(self.alive))
+        self.rows = torch.arange(N, device=device)  # of all responses, those still in the buffers
         logits = dyme.next_logits(model, self.prefix.hidden)  # (P, V)
         self.logits = logits.repeat_interleave(self.K, 0)  # (N, V)
+
+    def samples(self) -> Samples:
+        """All N responses so far, as many tokens as the longest has."""
+        done = self.finished
+        done.ids[self.rows], done.mask[self.rows] = self.ids, self.mask
+        done.entropy[self.rows], done.finished[self.rows] = self.entropy, ~self.alive
+        T = int(done.mask.sum(1).max())
+        return Samples(done.ids[:, :T], done.mask[:, :T], done.entropy[:, :T], done.finished)
+
+    def leave_out_finished(self) -> None:
+        """Go on without the prompts whose responses have all ended, once they are half of all."""
+        kept = self.alive.view(self.P, self.K).any(1).nonzero().squeeze(1)
+        if 2 * len(kept) > self.P:
+            return
+        self.samples()
+        rows = (kept[:, None] * self.K + torch.arange(self.K)).flatten()
+        for name in ("ids", "mask", "entropy", "alive", "rows", "uniforms", "logits"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.visible, self.itself = self.visible[kept], self.itself[kept]
+        prefix, self.P = self.prefix, len(kept)
+        prefix.mask, prefix.position = prefix.mask[kept], prefix.position[..., kept, :]
+        for layer in prefix.cache.layers:
+            layer.keys, layer.values = layer.keys[kept], layer.values[kept]
 
     def widen(self, tokens: int) -> None:
         """Limit attention to the first `tokens` positions; later ones are still empty."""
@@ -475,8 +503,10 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-# ---- Matrix products on a CPU by oneDNN ----------------------------------------------------------
-# PyTorch takes MKL for float32: half as fast on the AMD processor measured.
+# ---- Matrix products on a CPU --------------------------------------------------------------------
+# For float32 PyTorch takes MKL. With AVX-512 on an AMD processor oneDNN was twice as fast; with
+# AVX2 it is a little slower. For few rows at a time, as in decoding, oneDNN is faster on both, if
+# the weight is stored as it wants it (packed): else it copies the weight in every call.
 
 
 def use_onednn(model: Model, least: float = 2e6) -> None:
@@ -490,13 +520,35 @@ def use_onednn(model: Model, least: float = 2e6) -> None:
                 module.__class__ = Linear
 
 
+@contextlib.contextmanager
+def packed_weights(model: Model, rows: int) -> Iterator[None]:
+    """For decoding `rows` tokens at a time: pack the weights outside the vision tower."""
+    towers = {m for tower in dyme.vision_towers(model) for m in tower.modules()}
+    layers = [m for m in model.modules() if type(m) is Linear and m not in towers]
+    if torch.is_autocast_enabled("cpu"):
+        layers = []
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        yield
+    finally:  # the next step's weights are others
+        for layer in layers:
+            layer.packed = None
+
+
 class Linear(torch.nn.Linear):
-    """A linear layer that multiplies by oneDNN in float32; in half precision PyTorch does so."""
+    """A linear layer that may multiply by oneDNN in float32; in half precision PyTorch does so."""
+
+    packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., D)` to (..., W)."""
         for_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
         if not for_onednn or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
             return super().forward(x)
         y = Product.apply(x.reshape(-1, self.in_features), self.weight)
         y = y if self.bias is None else y + self.bias

@@ -8,13 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from support import UserError
+
+if TYPE_CHECKING:
+    from dyme import Config
 
 T = TypeVar("T")
 Job = TypeVar("Job")
@@ -58,6 +61,15 @@ def gradient_scaler(device: torch.device) -> torch.amp.GradScaler:
 def set_threads(parameters: int) -> None:
     """Let a tiny model run on one thread: two gain little, and beside a busy process they wait."""
     torch.set_num_threads(1 if parameters < 2e6 else ALL_THREADS)
+
+
+def pass_size(device: torch.device, cfg: "Config", images: bool) -> int:
+    """How many prompts to take in a pass where --micro-batch is 0."""
+    if device.type == "cuda":
+        return max(1, cfg.prompts // count())  # halved until they fit
+    # A few thousand tokens keep a CPU busy; more cost memory, and fewer write all gradients often.
+    most = 2 if images else max(2, 4096 // (cfg.generations * cfg.max_new_tokens))
+    return min(most, cfg.prompts)
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

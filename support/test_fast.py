@@ -169,6 +169,27 @@ def test_sampling_ends_with_the_last_response() -> None:
         assert len(passes) == 1  # that of the prompt
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_whose_responses_have_ended_are_left_out(kind: str) -> None:
+    """So one that rambles on does not hold its batch; the samples stay the plain ones."""
+    plain, faster = both(kind)
+    inputs, rows = pad_batch(make_prompts(kind)), list[int]()
+    uniforms = dyme.keyed_uniforms(0, 0, range(3), 2, 24)
+    # All that the first prompt's responses do not say ends a response.
+    endless = dataclasses.replace(plain, end_ids=[-1])
+    said = plain.rollout(endless, [inputs], uniforms, 2, 1.0)
+    size = plain.model.config.get_text_config().vocab_size
+    ends = [i for i in range(size) if i not in said[0].ids + said[1].ids]
+    plain, faster = (dataclasses.replace(p, end_ids=ends) for p in (plain, faster))
+    faster.model.base_model.register_forward_pre_hook(
+        lambda _, __, x: rows.append(len(x["input_ids"])), with_kwargs=True)
+    expected = plain.rollout(plain, [inputs], uniforms, 2, 1.0)
+    assert [len(y.ids) for y in expected][:2] == [24, 24]
+    assert_same(faster.rollout(faster, [inputs], uniforms, 2, 1.0), expected)
+    assert rows[1] == 3
+    assert rows[-1] == 1
+
+
 def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Example]) -> None:
     dones, weights = [], []
     for plain in (True, False):
@@ -480,6 +501,7 @@ def test_a_linear_layer_by_onednn_is_a_linear_layer(
     plain = torch.nn.Linear(24, 40, bias=bias)
     ours, calls, product = copy.deepcopy(plain), [], fast.product
     ours.__class__ = fast.Linear
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(fast, "product", lambda a, b: calls.append(1) or product(a, b))
     for shape in ((24,), (7, 24), (2, 7, 24), (2, 3, 7, 24), (0, 24)):
         x = torch.randn(*shape).requires_grad_()
@@ -518,6 +540,25 @@ def test_a_model_by_onednn_has_the_same_loss_and_gradients(
     for loss, found in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
         assert_close(found, results[0][1], 1e-4)
+
+
+def test_packed_weights_sample_the_same_and_are_given_back(
+        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example]) -> None:
+    inputs, uniforms, packed = dyme.encode_prompts(tiny, examples[:2], 12), torch.rand(4, 12), []
+    layers = [m for m in by_onednn.modules() if isinstance(m, fast.Linear)]
+    by_onednn.base_model.register_forward_pre_hook(
+        lambda *_: packed.append(sum(layer.packed is not None for layer in layers)))
+    policy = dataclasses.replace(tiny, model=by_onednn, end_ids=[])
+    for _ in range(2):  # the second time with other weights
+        plain = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model), end_ids=[])
+        plain.model.load_state_dict(by_onednn.state_dict())
+        expected = dyme.rollout(plain, [inputs], uniforms, 2, 1.0)
+        assert_same(fast.rollout(policy, [inputs], uniforms, 2, 1.0), expected)
+        with torch.no_grad():
+            by_onednn.lm_head.weight.mul_(-1)
+    in_language_model = 3 * 7 + 1 + 1  # three layers, the connector, the head
+    assert packed == [0, *[in_language_model] * 11] * 2
+    assert all(layer.packed is None for layer in layers)
 
 
 def test_a_torch_without_onednn_works(monkeypatch: Patch, tiny: Policy) -> None:
