@@ -56,10 +56,10 @@ def flag(default: Any, text: str) -> Any:
 
 @dataclass
 class Config:
-    """All settings of a run, with the toy's values; `REAL` is for other data."""
+    """All settings of a run, with the toy's values; `PRESETS` has those for other data."""
 
     model: str = flag("tiny", "tiny, a short name, hub id or directory")
-    data: str = flag("toy", "toy, chartqa (or its folder), DOMAIN:FOLDER, rows.jsonl")
+    data: str = flag("toy", "toy, sums, chartqa, DOMAIN:FOLDER, rows.jsonl")
     mode: Literal["dyme", "sft", "grpo", "two-stage"] = flag("dyme", "or a baseline")
     out: str = flag("", "run folder [runs/MODEL-DATA-MODE-sSEED]")
     steps: int = flag(600, "optimisation steps")
@@ -86,7 +86,7 @@ class Config:
     no_refiner: bool = flag(False, "keep the static traces: the helper only checks")
     # Data
     seed: int = flag(0, "of data order and sampling")
-    traces: Literal["high", "medium", "low"] = flag("low", "of the toy")
+    traces: Literal["high", "medium", "low"] = flag("low", "of toy and sums")
     hints: str = flag("", "a trace file of the release")
     augmented: bool = flag(False, "chartqa: machine-written questions too")
     image_edge: int = flag(0, "longest edge in pixels (0: the model's)")
@@ -101,11 +101,18 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 
-# Settings for real data: the release's main configuration (K = 8 there too), and a warm-up.
-REAL = {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300,
-        "warmup": 50, "sft_steps": 0, "eval_rows": 200}
+PRESETS: dict[str, dict[str, Any]] = {
+    "toy": {},
+    # A text task for SmolLM2-135M on a CPU (support/README.md).
+    "sums": {"steps": 40, "prompts": 4, "micro_batch": 0, "max_new_tokens": 96, "warmup": 5,
+             "sft_steps": 10, "eval_rows": 64},
+    # The release's main configuration (K = 8 there too), and a warm-up.
+    "real": {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300, "warmup": 50,
+             "sft_steps": 0, "eval_rows": 200},
+}
 LEARNING_RATES = {
     "toy": {"dyme": 5e-4, "grpo": 1e-4, "two-stage": 5e-4, "sft": 2e-4},
+    "sums": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
 }
 
@@ -117,8 +124,9 @@ EXTRAS = {"helper_url": "full_dyme", "switch": "ablations", "released_code": "ab
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the flags, over a preset by data, or over the settings of the run to resume."""
     given = settings.read_flags(Config, __doc__, argv)
-    preset = "toy" if given.get("data", Config.data) == "toy" else "real"
-    defaults = (REAL if preset == "real" else {}) | settings.implied(given)
+    data_named = given.get("data", Config.data)
+    preset = data_named if data_named in PRESETS else "real"
+    defaults = PRESETS[preset] | settings.implied(given)
     cfg = Config(**(defaults | given))
     cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
     cfg.out = cfg.out or runs.default_folder(cfg)

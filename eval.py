@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyme import NAMES, PROMPT, Config, load_policy, respond
+from dyme import NAMES, PRESETS, PROMPT, Config, load_policy, respond
 from reward import Example
 from support import UserError, data, files, parallel, runs, settings, thinking
 
@@ -49,9 +49,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="ask for thinking and the format [think], or for the answer alone")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
-    add("--max-new-tokens", 0, "length limit [a toy run's own, else 1024]")
+    add("--max-new-tokens", 0, "length limit [toy, sums: a run's own, else 1024]")
     add("--temperature", 1.0, "of --samples [1.0]")
-    add("--batch", 0, "prompts per forward pass [64 for toy; else 32 on a GPU, 8 on a CPU]")
+    add("--batch", 0, "prompts per forward pass [64 for toy, sums; else 32 on a GPU, 8 on a CPU]")
     add("--image-edge", 0, "as for dyme.py [a run's own]")
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
@@ -94,10 +94,11 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     # By a model's whole name: a/model and b/model are two.
     default = name if saved else f"runs/eval-{str(folder).replace('/', '--')}"
     out = open_folder(Path(args.out or default), stack)
-    toy, prompt, k = source == "toy", PROMPTS[args.prompt], args.samples
-    batch = args.batch or (64 if toy else 32 if device.type == "cuda" else 8)
-    own = saved.get("max_new_tokens", Config.max_new_tokens)
-    longest = args.max_new_tokens or (own if toy else 1024)
+    made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
+    batch = args.batch or (64 if made else 32 if device.type == "cuda" else 8)
+    preset = Config(**PRESETS.get(source.partition(":")[0], {}))
+    own = saved.get("max_new_tokens", preset.max_new_tokens)
+    longest = args.max_new_tokens or (own if made else 1024)
     predictions = respond(policy, examples, longest, batch, prompt=prompt)
     summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
     summary |= thinking.summarise(predictions)

@@ -36,10 +36,12 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
               hints: str = "") -> list[Example]:
     """Load a split (train, val, test) and say what is skipped. Raises UserError."""
     own = Path(data).suffix in (".json", ".jsonl")
-    if (hints or augmented) and (own or data == "toy"):
+    if (hints or augmented) and (own or is_made(data)):
         raise UserError(f"--{'hints' if hints else 'augmented'} belongs to published data")
     if data == "toy":
         return toy.make_examples(split, traces)
+    if is_made(data):
+        return importlib.import_module("support.sums").make_examples(data, split, traces)
     try:
         examples, groups, skipped = (
             read_own(Path(data)) if own else read_published(data, split, augmented))
@@ -61,6 +63,11 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     if hints and split == "train":
         return importlib.import_module("support.domains").join(examples, hints)
     return examples
+
+
+def is_made(data: str) -> bool:
+    """Are the rows made here: those of the toy, of sums?"""
+    return data.partition(":")[0] in ("toy", "sums")
 
 
 def name_of(data: str) -> str:
