@@ -918,7 +918,8 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     if not due or step in trainer.evaluated:
         return
     # Without gradients there is room for more prompts in a pass.
-    predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, 4 * cfg.micro_batch)
+    batch = cfg.micro_batch * (4 if held_out[0].image else 16)
+    predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, batch)
     trainer.evaluated.add(step)
     if not parallel.is_main():
         return
