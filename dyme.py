@@ -229,6 +229,8 @@ def loading(name: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
         reason = " ".join(str(error).split())[:200]
         advice = f"give a hub id, a directory or one of {[*NAMES]}"
+        if not Path(name).exists():
+            advice += "; without a hub: python -m support.smollm2 FOLDER makes a small text model"
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch
                 advice = f"pip install -r requirements.txt {package}"

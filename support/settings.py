@@ -122,6 +122,9 @@ def resumed_settings(cfg: Config, given: dict[str, Any]) -> dict[str, Any]:
 def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
     """Raise UserError, before any download, if a model is neither known, a folder nor a hub id."""
     path = Path(name)
+    if path.suffix == ".gguf":
+        raise UserError(f"{flag}{name}: is a GGUF file; make a model folder of it with "
+                        f"python -m support.smollm2 FOLDER {name}")
     if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
         raise UserError(f"{flag}{name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
                         f"{', '.join(sorted(known))}")

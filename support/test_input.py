@@ -27,7 +27,10 @@ from test_dyme import Capture, Patch, evaluate, run
     ("--device cuda:99", "--device cuda:99"), ("--prompts x", "--prompts"),
     ("--mode two-stage --sft-steps 9 --steps 9", "--sft-steps 9"),
     ("--model tiny --data chartqa", "--data chartqa"), ("--temperature 0", "--temperature"),
-    ("--model nowhere/nothing --data toy --steps 1", "--model nowhere/nothing"),
+    ("--model nowhere/nothing --data toy --steps 1", "python -m support.smollm2 FOLDER"),
+    ("--model a/model.gguf --data sums", "python -m support.smollm2 FOLDER a/model.gguf"),
+    ("--model BASE --data sums:new", "sums:new is for eval.py alone"),
+    ("--model BASE --data sums:old", "give sums"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
         runs: Path, flags: str, says: str, capsys: Capture, monkeypatch: Patch) -> None:
