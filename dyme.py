@@ -84,7 +84,6 @@ class Config:
     helper_concurrency: int = flag(8, "requests at a time")
     no_checker: bool = flag(False, "keep the static r_t: the helper only refines")
     no_refiner: bool = flag(False, "keep the static traces: the helper only checks")
-    # Data
     seed: int = flag(0, "of data order and sampling")
     traces: Literal["high", "medium", "low"] = flag("low", "of toy and sums")
     hints: str = flag("", "a trace file of the release")
@@ -102,10 +101,8 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "toy": {},
-    # A text task for SmolLM2-135M on a CPU (support/README.md).
     "sums": {"steps": 40, "prompts": 4, "micro_batch": 0, "max_new_tokens": 96, "warmup": 5,
-             "sft_steps": 10, "eval_rows": 64},
+             "sft_steps": 10, "eval_rows": 64},  # for SmolLM2-135M on a CPU: support/SUMS.md
     # The release's main configuration (K = 8 there too), and a warm-up.
     "real": {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300, "warmup": 50,
              "sft_steps": 0, "eval_rows": 200},
@@ -124,9 +121,9 @@ EXTRAS = {"helper_url": "full_dyme", "switch": "ablations", "released_code": "ab
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the flags, over a preset by data, or over the settings of the run to resume."""
     given = settings.read_flags(Config, __doc__, argv)
-    data_named = given.get("data", Config.data)
-    preset = data_named if data_named in PRESETS else "real"
-    defaults = PRESETS[preset] | settings.implied(given)
+    preset = given.get("data", Config.data)
+    preset = preset if preset in LEARNING_RATES else "real"
+    defaults = PRESETS.get(preset, {}) | settings.implied(given)
     cfg = Config(**(defaults | given))
     cfg.lr = cfg.lr or LEARNING_RATES[preset][cfg.mode]
     cfg.out = cfg.out or runs.default_folder(cfg)
@@ -149,8 +146,7 @@ NAMES = {
     "InternVL3-1B": "OpenGVLab/InternVL3-1B-hf",
     "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "Qwen2.5-VL-7B": "Qwen/Qwen2.5-VL-7B-Instruct",
-    # Text only:
-    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B-Instruct",  # text only, as the next two
     "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M-Instruct",
 }
@@ -228,9 +224,8 @@ def loading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
         reason = " ".join(str(error).split())[:200]
-        advice = f"give a hub id, a directory or one of {[*NAMES]}"
-        if not Path(name).exists():
-            advice += "; without a hub: python -m support.smollm2 FOLDER makes a small text model"
+        advice = (f"give a hub id, a directory or one of {[*NAMES]}; without a hub "
+                  "python -m support.smollm2 FOLDER makes a small text model")
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch
                 advice = f"pip install -r requirements.txt {package}"
@@ -919,8 +914,7 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
     if not due or step in trainer.evaluated:
         return
-    # Without gradients there is room for more prompts in a pass.
-    batch = cfg.micro_batch * (4 if held_out[0].image else 16)
+    batch = cfg.micro_batch * (4 if held_out[0].image else 16)  # without gradients there is room
     predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, batch)
     trainer.evaluated.add(step)
     if not parallel.is_main():
@@ -962,10 +956,8 @@ def save_policy(policy: Policy, final: Path, state: dict[str, Any] | None = None
 
 
 def load_checkpoint(run: Path, trainer: Trainer) -> int:
-    """Restore what is not in the weights (`load_policy` has loaded those); the next step.
-
-    No random state is kept: sampling and data order are functions of (seed, step).
-    """
+    """Restore what is not in the weights (`load_policy` has loaded those); the next step."""
+    # No random state is kept: sampling and data order are functions of (seed, step).
     state = runs.read_state(run, trainer.optimizer, trainer.policy.device)
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
@@ -1054,9 +1046,8 @@ def step_rows(cfg: Config, step: int, count: int) -> list[int]:
     sft_before = {"sft": step, "two-stage": min(step, cfg.sft_steps)}.get(cfg.mode, 0)
     start = cfg.prompts * (step - sft_before) + cfg.prompts * cfg.generations * sft_before
     size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
-    orders = {}
-    for epoch in range(start // count, (start + size - 1) // count + 1):
-        orders[epoch] = np.random.default_rng([cfg.seed, epoch]).permutation(count)
+    epochs = range(start // count, (start + size - 1) // count + 1)
+    orders = {e: np.random.default_rng([cfg.seed, e]).permutation(count) for e in epochs}
     return [int(orders[i // count][i % count]) for i in range(start, start + size)]
 
 

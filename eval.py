@@ -7,7 +7,7 @@
     python eval.py report runs/*                              # a page that shows them think
 
 *accuracy* wants the format: one flag, an answer, an end token. *official*, the data set's score,
-takes the text after the last flag, *any_format* the last word. *valid_thinking*: see the README.
+takes the text after the last flag, *any_format* the last word (more in support/DETAILS.md).
 """
 
 import argparse

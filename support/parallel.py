@@ -67,8 +67,8 @@ def pass_size(device: torch.device, cfg: "Config", images: bool) -> int:
     """How many prompts to take in a pass where --micro-batch is 0."""
     if device.type == "cuda":
         return max(1, cfg.prompts // count())  # halved until they fit
-    # A few thousand tokens keep a CPU busy; more cost memory, and fewer write all gradients often.
-    most = 2 if images else max(2, 4096 // (cfg.generations * cfg.max_new_tokens))
+    # Some 2,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
+    most = 2 if images else max(2, 2048 // (cfg.generations * cfg.max_new_tokens))
     return min(most, cfg.prompts)
 
 

@@ -478,7 +478,8 @@ COURSE = Path(dyme.__file__).parent / "support" / "COURSE.md"
 def test_the_course_names_what_exists() -> None:
     course = COURSE.read_text()
     written = {*re.findall(r"`([a-z]+_[a-z_0-9]+)`", course), *re.findall(r"`([a-z_]+)\(", course)}
-    readme = set(re.findall(r"`(\w+)`", COURSE.with_name("README.md").read_text()))
+    pages = [COURSE.with_name(name).read_text() for name in ("README.md", "DETAILS.md")]
+    readme = set(re.findall(r"`(\w+)`", "".join(pages)))
     judged = thinking.judge(Example("q", "7", facts="red 7"), "Answer: 7", True)
     known = {*judged, *EXERCISES, *readme, "blind_f1", "r_t"}
     places = (dyme, reward, domains, thinking, toy)

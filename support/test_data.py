@@ -871,8 +871,8 @@ PLACEHOLDERS = {"MODE": "dyme", "LR": "1e-4", "SEED": "0", "N": "3",
 def commands() -> list[list[str]]:
     """Every command of the READMEs as a list of words, those of the paper's table written out."""
     found = []
-    for file in (HERE / "README.md", HERE / "support" / "README.md"):
-        text = file.read_text()
+    for file in ("README.md", "support/README.md", "support/DETAILS.md", "support/SUMS.md"):
+        text = (HERE / file).read_text()
         found += re.findall(r"(?<![\w`])python (?:dyme|eval)\.py.*?(?=#|&|$)", "\n".join(
             re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)), re.MULTILINE)
         found += [quoted.replace("\n", " ")
@@ -913,7 +913,7 @@ RECIPES = [  # of the release's configurations: what a command is for, and what 
 def test_every_command_of_the_readmes_is_understood_and_the_papers_are_its_recipes(
         tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("NAME", "RUN", "runs/NAME"):  # a run to go on with, or to evaluate
+    for name in ("NAME", "RUN", "runs/NAME", "smollm2"):  # a run to go on with, or to evaluate
         (tmp_path / name).mkdir(parents=True)
         write_rows(tmp_path / name / "config.json", dataclasses.asdict(Config(lr=5e-4)))
     configs = []

@@ -267,8 +267,24 @@ def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
 # ---- The READMEs ---------------------------------------------------------------------------------
 
 
+PAGES = ("README.md", "support/README.md", "support/DETAILS.md", "support/SUMS.md")
+
+
 def readmes() -> str:
-    return "".join((HERE / folder / "README.md").read_text() for folder in (".", "support"))
+    return "".join((HERE / page).read_text() for page in PAGES)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len((HERE / "README.md").read_text().split()) <= 1800
+    for page in (*PAGES, "support/COURSE.md", "support/CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (HERE / page).read_text()):
+            file, _, section = link.partition("#")
+            target = (HERE / page).parent / file if file else HERE / page
+            assert target.exists(), f"{page}: {link}"
+            if section:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                names = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads]
+                assert section in names, f"{page}: {link}"
 
 
 def defined() -> set[str]:
@@ -318,7 +334,7 @@ def test_the_glossary_knows_every_metric_that_is_written(runs: Path) -> None:
 @pytest.mark.slow
 def test_the_readmes_walk_through_gives_the_numbers_of_its_table(
         tmp_path: Path, monkeypatch: Patch) -> None:
-    readme = (HERE / "README.md").read_text()
+    readme = (HERE / "support" / "DETAILS.md").read_text()
     code = re.search(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)[1]
     command = re.search(r"python dyme.py (--steps .*--out runs/walk)", readme)[1]
     monkeypatch.chdir(tmp_path)

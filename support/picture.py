@@ -1,0 +1,137 @@
+"""Draw the README's picture from runs of the toy: a chart, what models say of it, their accuracy.
+
+    python -m support.picture support/picture.png runs/tiny-toy-{dyme,sft,grpo,two-stage}-s0
+
+The first run's question is shown, as answered by the base, by the first run and by the second.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dyme import Config
+from reward import split_response
+from support import UserError, files, runs, settings, thinking, toy
+
+Row = dict[str, Any]
+SIZE, LEFT, MIDDLE, RIGHT = (1600, 640), 40, 430, 1010  # pixels; where three columns begin
+LINES = ("#1f4fc8", "#d62728", "#2c962c", "#ff8c00", "#823cb4")
+TRUE, FALSE, TEXT, GREY = "#1c7c34", "#d62728", "#222222", "#888888"
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font."""
+    return ImageFont.load_default(size)
+
+
+def held_out(run: Path, first: bool) -> dict[str, Row]:
+    """A run's judged answers of its first or last evaluation, by row. Raises UserError."""
+    found = sorted(run.glob("held-out-*.jsonl"), key=lambda f: int(re.sub(r"\D", "", f.stem)))
+    if not found:
+        raise UserError(f"{run}: has no held-out answers")
+    return {row["name"]: row for row in files.read_jsonl(found[0 if first else -1])}
+
+
+def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row]) -> str:
+    """A sum that the base has wrong, the first run right with valid thinking, the second not."""
+    for name in ours:
+        if (ours[name]["source"] == "sum" and ours[name]["valid_thinking"]
+                and not base[name]["any_format"] and not other[name]["any_format"]):
+            return name
+    raise UserError("no sum that the base and the second run have wrong and the first has right")
+
+
+def marks(text: str, facts: str, question: str) -> list[tuple[str, str]]:
+    """A response in pieces, each with its colour: numbers by whether they are in the chart."""
+    pieces, end = [], 0
+    for a, b, grounded in thinking.quoted_numbers(split_response(text)[0], facts, question):
+        pieces += [(text[end:a], TEXT), (text[a:b], FALSE if grounded is False else TRUE)]
+        end = b
+    return [*pieces, (text[end:], TEXT)]
+
+
+def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], pieces: list[tuple[str, str]],
+          width: int, size: int = 20) -> int:
+    """Write coloured pieces of text, wrapped to a width; the height where they end."""
+    letters, (x, y) = font(size), place
+    for text, colour in pieces:
+        for word in re.findall(r"\n|[^\s]+ ?| ", text):
+            long = pen.textlength(word.rstrip(), letters)
+            if word == "\n" or x + long > place[0] + width:
+                x, y = place[0], y + size + 6
+            if word != "\n":
+                pen.text((x, y), word, colour, letters)
+                x += int(pen.textlength(word, letters))
+    return y + size + 6
+
+
+def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Held-out accuracy over steps, a line for each mode, with its name at its end."""
+    width, height, top = 430, 440, 90
+    last = max(step for points in curves.values() for step, _ in points)
+    pen.text((RIGHT, 30), "held-out accuracy over steps", TEXT, font(22))
+    for tenth in (0, 5, 10):
+        y = top + height - height * tenth / 10
+        pen.line((RIGHT, y, RIGHT + width, y), "#dddddd")
+        pen.text((RIGHT - 36, y - 10), f"{tenth / 10:.1f}", GREY, font(16))
+    for step in (0, last):
+        pen.text((RIGHT + width * step / last - 10, top + height + 8), str(step), GREY, font(16))
+    ends = list[float]()
+    for (mode, points), colour in zip(curves.items(), LINES, strict=False):
+        places = [(RIGHT + width * s / last, top + height - height * a) for s, a in points]
+        pen.line(places, colour, 4)
+        y = places[-1][1]
+        while any(abs(y - other) < 22 for other in ends):  # names stay apart
+            y += 4
+        ends.append(y)
+        pen.text((places[-1][0] + 10, y - 11), mode, colour, font(20))
+
+
+def draw(folders: list[Path]) -> Image.Image:
+    """The picture of these runs. Raises UserError."""
+    base, ours, other = held_out(folders[0], True), held_out(folders[0], False), held_out(
+        folders[1], False)
+    name = choose(base, ours, other)
+    example = next(e for e in toy.make_examples("val") if e.name == name)
+    modes = [str(settings.read(run, Config)["mode"]) for run in folders]
+    image = Image.new("RGB", SIZE, "white")
+    pen = ImageDraw.Draw(image)
+    assert example.image
+    chart = example.image().resize((320, 320), Image.Resampling.NEAREST)
+    image.paste(chart, (LEFT, 90))
+    pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
+    pen.text((LEFT, 30), "a chart of the toy", TEXT, font(22))
+    y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)
+    write(pen, (LEFT, y + 6), [("numbers: ", GREY), ("in the chart", TRUE), (", ", GREY),
+                               ("not in the chart", FALSE)], 330, 18)
+    y = 30
+    for title, row in (("the base", base[name]), (f"after {modes[1]}", other[name]),
+                       (f"after {modes[0]}", ours[name])):
+        pen.text((MIDDLE, y), title, GREY, font(22))
+        pieces = marks(row["response"], example.facts or "", example.question)
+        y = write(pen, (MIDDLE, y + 34), pieces, 500) + 24
+    curves = {}
+    for mode, run in zip(modes, folders, strict=True):
+        rows = files.read_jsonl(run / "evaluations.jsonl")
+        curves[mode] = [(row["step"], row["accuracy"]) for row in rows]
+    draw_curves(pen, curves)
+    return image
+
+
+def main() -> None:
+    """Read the command line, draw, write the file."""
+    parser = settings.one_line_parser(__doc__ or "")
+    parser.add_argument("out", metavar="FILE.png", type=Path)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    args = parser.parse_args()
+    if len(args.runs) < 2:
+        raise UserError("name two runs or more")
+    draw(args.runs).quantize(64).save(args.out, optimize=True)
+    print(f"wrote {args.out}, {args.out.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.exit(runs.run_main(main))
