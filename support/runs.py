@@ -252,6 +252,9 @@ def print_start(cfg: Config, device: torch.device, training: int, held_out: int,
     if parallel.is_main():
         print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
               f"{where}")
+        if 20 <= cfg.steps <= 2 * cfg.warmup:
+            print(f"warning: --warmup {cfg.warmup}: half of the {cfg.steps} steps or more",
+                  file=sys.stderr)
 
 
 def print_stopped(run: Path) -> None:
@@ -322,7 +325,7 @@ def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
         print(f"{name} {seconds:.2f} s {line}", file=sys.stderr)
 
 
-TOLD: set[str] = set()  # what could not be written
+TOLD: set[str] = set()  # warnings that were given
 
 
 @contextlib.contextmanager
@@ -372,6 +375,24 @@ def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]],
         record(run / "metrics.jsonl", logged, board)
         for row in shown:
             record(run / "samples.jsonl", row, None)
+        if logged["step"] % 20 == 19:
+            warn(files.read_jsonl(run / "metrics.jsonl")[-20:])
+
+
+def warn(last: list[dict[str, Any]]) -> None:
+    """Say once what the metrics of the last 20 steps, if they sampled, show to go wrong."""
+    sampled = [row for row in last if row.get("accuracy") is not None]
+    if len(sampled) < 20:
+        return
+    truncated = sum(row.get("truncated", 0.0) for row in sampled) / len(sampled)
+    wrong = {
+        "no response of the last 20 steps was right: exploration has nothing to learn from":
+            not any(row["accuracy"] for row in sampled),
+        "most responses of the last 20 steps were cut off, which counts as wrong: try a higher "
+        "--max-new-tokens": truncated > 0.5}
+    for text in [text for text, holds in wrong.items() if holds and text not in TOLD]:
+        TOLD.add(text)
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both",

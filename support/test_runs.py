@@ -607,3 +607,26 @@ def test_what_repeats_is_no_second_ctrl_c_and_nohup_is_respected() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_goes_wrong_is_told_once(runs: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(run_folders, "TOLD", set())
+    step = {"accuracy": 0.0, "truncated": 0.75}
+    run_folders.warn([step] * 19)  # too early, or a resumed run
+    run_folders.warn([{"mode": "sft"}] * 20)
+    assert capsys.readouterr().err == ""
+    run_folders.warn([step] * 20)
+    said = capsys.readouterr().err
+    assert "no response of the last 20 steps was right" in said
+    assert "most responses of the last 20 steps were cut off" in said
+    run_folders.warn([step] * 20)
+    run_folders.warn([step] * 19 + [{"accuracy": 0.1, "truncated": 0.0}])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(run_folders, "TOLD", set())
+    run_folders.warn([{"accuracy": 0.0, "truncated": 0.5}] * 19 + [{"accuracy": 0.1}])
+    assert capsys.readouterr().err == ""
+    flags = ["--steps", "20", "--warmup", "10", "--lr", "1e-9", "--generations", "2"]
+    assert run(runs, "a", *flags, "--max-new-tokens", "1") == 0  # none can end
+    said = capsys.readouterr().err
+    assert "--warmup 10: half of the 20 steps" in said
+    assert said.count("was right: exploration has nothing") == 1
