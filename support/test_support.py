@@ -332,6 +332,20 @@ def test_the_glossary_knows_every_metric_that_is_written(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_notebooks_cells_run_and_say_what_they_show(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.chdir(HERE)
+    cells = json.loads((HERE / "support" / "walkthrough.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "cell", "exec"), names)
+            shown = "".join("".join(x.get("text", [])) for x in cell["outputs"])
+            said = capsys.readouterr().out  # the same, but for what another processor rounds
+            assert re.sub(r"[^a-z]+", "", said)[:12] == re.sub(r"[^a-z]+", "", shown)[:12]
+    assert names["done"].explore.tolist() == ((names["done"].r_a == 1).sum(1) > 2).tolist()
+
+
+@pytest.mark.slow
 def test_the_readmes_walk_through_gives_the_numbers_of_its_table(
         tmp_path: Path, monkeypatch: Patch) -> None:
     readme = (HERE / "support" / "DETAILS.md").read_text()
