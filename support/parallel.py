@@ -68,8 +68,9 @@ def pass_size(device: torch.device, cfg: "Config", images: bool) -> int:
     if device.type == "cuda":
         return max(1, cfg.prompts // count())  # halved until they fit
     # Some 2,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
-    most = 2 if images else max(2, 2048 // (cfg.generations * cfg.max_new_tokens))
-    return min(most, cfg.prompts)
+    responses = 1 if cfg.mode == "sft" else cfg.generations
+    most = 2 if images else max(2, 2048 // (responses * cfg.max_new_tokens))
+    return min(most, cfg.prompts * cfg.generations // responses)
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

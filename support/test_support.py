@@ -332,7 +332,8 @@ def test_the_glossary_knows_every_metric_that_is_written(runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_notebooks_cells_run_and_say_what_they_show(monkeypatch: Patch, capsys: Capture) -> None:
+def test_the_notebooks_cells_run_and_say_what_they_show(
+        monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.chdir(HERE)
     cells = json.loads((HERE / "support" / "walkthrough.ipynb").read_text())["cells"]
     names: dict[str, Any] = {}
