@@ -17,8 +17,9 @@ from reward import split_response
 from support import UserError, files, runs, settings, thinking, toy
 
 Row = dict[str, Any]
-SIZE, LEFT, MIDDLE, RIGHT = (1600, 640), 40, 430, 1010  # pixels; where three columns begin
+SIZE, LEFT, MIDDLE, RIGHT = (1600, 600), 40, 430, 1010  # pixels; where three columns begin
 LINES = ("#1f4fc8", "#d62728", "#2c962c", "#ff8c00", "#823cb4")
+NAMES = {"dyme": "DyME", "sft": "SFT", "grpo": "GRPO"}
 TRUE, FALSE, TEXT, GREY = "#1c7c34", "#d62728", "#222222", "#888888"
 
 
@@ -92,11 +93,12 @@ def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, floa
 
 def draw(folders: list[Path]) -> Image.Image:
     """The picture of these runs. Raises UserError."""
-    base, ours, other = held_out(folders[0], True), held_out(folders[0], False), held_out(
-        folders[1], False)
+    base, ours = (held_out(folders[0], first) for first in (True, False))
+    other = held_out(folders[1], first=False)
     name = choose(base, ours, other)
     example = next(e for e in toy.make_examples("val") if e.name == name)
-    modes = [str(settings.read(run, Config)["mode"]) for run in folders]
+    modes = [settings.read(run, Config)["mode"] for run in folders]
+    modes = [NAMES.get(mode, mode) for mode in modes]
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
     assert example.image
@@ -105,8 +107,8 @@ def draw(folders: list[Path]) -> Image.Image:
     pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
     pen.text((LEFT, 30), "a chart of the toy", TEXT, font(22))
     y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)
-    write(pen, (LEFT, y + 6), [("numbers: ", GREY), ("in the chart", TRUE), (", ", GREY),
-                               ("not in the chart", FALSE)], 330, 18)
+    write(pen, (LEFT, y + 6), [("numbers ", GREY), ("from the chart", TRUE), (" and ", GREY),
+                               ("not from it", FALSE)], 330, 18)
     y = 30
     for title, row in (("the base", base[name]), (f"after {modes[1]}", other[name]),
                        (f"after {modes[0]}", ours[name])):

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dyme
 import reward
 from dyme import Config
 from reward import Example, verify
-from support import UserError, files, make_toy_base, smollm2, sums, thinking, toy
+from support import UserError, files, make_toy_base, picture, smollm2, sums, thinking, toy
 from support import runs as run_folders
 from support.make_toy_base import new_policy
 from test_dyme import CPU, HERE, TEXT, Capture, Patch, run
@@ -262,6 +263,41 @@ def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
             if id(node) not in apart and isinstance(node, ast.Import | ast.ImportFrom):
                 assert getattr(node, "module", None) != "dyme", file
                 assert "dyme" not in [alias.name for alias in node.names], file
+
+
+# ---- The README's picture ------------------------------------------------------------------------
+
+
+def test_the_picture_marks_false_numbers_and_shows_a_question_that_tells_modes_apart(
+        tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    text = "red 4, blue 2. 4 + 7 = 11. Answer: 11"
+    assert picture.marks(text, "red 4, blue 7", "What is the sum of red and blue?") == [
+        ("red ", picture.TEXT), ("4", picture.TRUE), (", blue ", picture.TEXT),
+        ("2", picture.FALSE), (". ", picture.TEXT), ("4", picture.TRUE), (" + ", picture.TEXT),
+        ("7", picture.TRUE), (" = ", picture.TEXT), ("11", picture.TRUE),
+        (". Answer: 11", picture.TEXT)]
+    rows = toy.make_examples("val")[:10]
+    for mode, right in (("dyme", True), ("sft", False)):
+        run_folder = tmp_path / mode
+        run_folder.mkdir()
+        saved = dataclasses.asdict(Config(mode=mode))  # type: ignore[arg-type]
+        (run_folder / "config.json").write_text(json.dumps(saved))
+        steps = [{"step": 0, "accuracy": 0.0}, {"step": 9, "accuracy": 0.5}]
+        files.write_jsonl(run_folder / "evaluations.jsonl", steps)
+        for step in (0, 9):
+            good = right and step == 9
+            files.write_jsonl(run_folder / f"held-out-{step}.jsonl", [
+                {"name": e.name, "source": e.source, "any_format": good, "valid_thinking": good,
+                 "response": e.trace + f"\nAnswer: {e.answer}"} for e in rows])
+    folders = [tmp_path / "dyme", tmp_path / "sft"]
+    base, ours = (picture.held_out(folders[0], first) for first in (True, False))
+    assert picture.choose(base, ours, base) == next(e.name for e in rows if e.source == "sum")
+    monkeypatch.setattr(sys, "argv", ["picture", str(tmp_path / "p.png"), *map(str, folders)])
+    assert run_folders.run_main(picture.main) == 0
+    assert Image.open(tmp_path / "p.png").size == picture.SIZE
+    monkeypatch.setattr(sys, "argv", ["picture", str(tmp_path / "p.png"), *[str(folders[1])] * 2])
+    assert run_folders.run_main(picture.main) == 2
+    assert "no sum that" in capsys.readouterr().err
 
 
 # ---- The READMEs ---------------------------------------------------------------------------------
