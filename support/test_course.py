@@ -349,6 +349,22 @@ def test_exercise_09_hack_the_thinking_reward() -> None:
                f"{mean:.3f}\n  the least, {r:.3f}, is that of {question!r}: {text!r}")
 
 
+def fresh_rows(count: int) -> tuple[list[Example], list[Example]]:
+    """Charts that no split holds, each with a trace of other heights, and with the true trace."""
+    low, true = [], []
+    charts = toy.random_charts([5, 1], count, {e.facts for e in toy.make_examples("train")})
+    rng = np.random.default_rng(5)
+    for chart, kind in zip(charts, itertools.cycle(toy.QUESTIONS), strict=False):
+        values = chart.values
+        asked = toy.ask(kind, values, *toy.two_bars(kind, values, rng))
+        question, goal, right, bars, working = asked
+        others = [v for v in range(1, 10) if v not in values.values()]
+        for rows, seen in ((low, dict(zip(values, others, strict=False))), (true, values)):
+            written = toy.trace(goal, bars, seen, working, right)
+            rows.append(Example(question, right, chart.draw, written, chart.facts(), kind, "a row"))
+    return low, true
+
+
 def cheats(i: int, low: list[Example], true: list[Example],
            hack: Callable[[str], str]) -> Iterable[tuple[str, str]]:
     """Traces for chart `i` that are no thinking: what is wrong with each, and the text."""
@@ -366,13 +382,19 @@ def cheats(i: int, low: list[Example], true: list[Example],
     other = next(e for e in itertools.islice(itertools.cycle(true), i + 1, None)
                  if e.source == true[i].source and e.answer != true[i].answer)
     yield "another chart's thinking", other.trace
+    read = dict(re.findall(r"(\w+) (\d)", trace.split("Reasoning")[0]))
+    if len(read) > 1:
+        turned = dict(zip(read, [*read.values()][1:] + [*read.values()][:1], strict=True))
+        head, _, tail = trace.partition("Reasoning")
+        yield "heights of other bars", "Reasoning".join([
+            re.sub(r"(\w+) \d", lambda m: f"{m[1]} {turned.get(m[1], 0)}", head), tail])
     yield "your own hack", answer(hack, true[i].question, given=f"hack({true[i].question!r})")
 
 
 def test_exercise_09_mend_the_thinking_reward() -> None:
     mended = attempt("mended")
     hack = attempt("hack")
-    low, true = (toy.make_examples("train", traces)[:60] for traces in ("low", "high"))
+    low, true = fresh_rows(60)  # looked up nowhere
     for i, example in enumerate(low):
         chart = f"the chart {example.facts} and {example.question!r}"
         best = answer(mended, true[i].trace, example, given=f"mended, for {chart},")
@@ -416,7 +438,8 @@ def test_exercise_10_which_skills_grpo_will_learn() -> None:
         if not isinstance(got, list | tuple | set | frozenset) or set(got) - set(KINDS):
             refuse(f"{given}\n  expected a list of kinds of question\n  got      {shown(got)}")
         if set(got) != learned:
-            refuse(f"{given}\n  GRPO learned {sorted(learned)}\n  predicted    {sorted(got)}")
+            refuse(f"{given}\n  predicted {sorted(got)}: of {len(KINDS)} kinds "
+                   f"{len(set(got) ^ learned)} are not as GRPO learned them")
 
 
 # ---- The checks themselves, and the text ---------------------------------------------------------
