@@ -67,9 +67,9 @@ def pass_size(device: torch.device, cfg: "Config", images: bool) -> int:
     """How many prompts to take in a pass where --micro-batch is 0."""
     if device.type == "cuda":
         return max(1, cfg.prompts // count())  # halved until they fit
-    # Some 2,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
+    # Some 1,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
     responses = 1 if cfg.mode == "sft" else cfg.generations
-    most = 2 if images else max(2, 2048 // (responses * cfg.max_new_tokens))
+    most = 2 if images else max(2, 1024 // (responses * cfg.max_new_tokens))
     return min(most, cfg.prompts * cfg.generations // responses)
 
 
