@@ -213,7 +213,8 @@ def check_model(model: Model) -> None:
     prefix = encode_prefix(model, inputs, torch.tensor([0, 0]))
     states = extend(model, prefix, ids[:, -1:].expand(2, 1), torch.ones(2, 1, dtype=torch.long))
     ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -1:].float()
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+    # Rounding alone may move a logit by 2e-3 in a trained model; what is meant here moves all.
+    if not (ours - theirs).abs().max() < 0.01 * (theirs.max() - theirs.min()):
         raise ValueError("its positions, its cache or its logits are of a kind not known here")
 
 
@@ -957,7 +958,7 @@ def save_policy(policy: Policy, final: Path, state: dict[str, Any] | None = None
 
 def load_checkpoint(run: Path, trainer: Trainer) -> int:
     """Restore what is not in the weights (`load_policy` has loaded those); the next step."""
-    # No random state is kept: sampling and data order are functions of (seed, step).
+    # No random state is kept: sampling and data order follow from (seed, step).
     state = runs.read_state(run, trainer.optimizer, trainer.policy.device)
     if state["scaler"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
@@ -1093,8 +1094,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (folder / "checkpoint").exists()
     policy = load_policy(str(folder) if resumed else cfg.model, device, cfg.image_edge)
-    if not cfg.micro_batch:
-        cfg.micro_batch = parallel.pass_size(device, cfg, any(e.image for e in examples))
+    cfg.micro_batch = cfg.micro_batch or parallel.pass_size(device, cfg, examples)
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)
     trainer.rows = data.check_references(examples, policy, lambda example: len(

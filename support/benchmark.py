@@ -53,8 +53,7 @@ def make_trainer(cfg: Config, examples: list[Example]) -> Trainer:
     """A trainer whose responses never end, and which changes no weight."""
     device = parallel.select_device(cfg.device)
     policy = dyme.load_policy(cfg.model, device, cfg.image_edge)
-    images = any(example.image for example in examples)
-    micro_batch = cfg.micro_batch or parallel.pass_size(device, cfg, images)
+    micro_batch = cfg.micro_batch or parallel.pass_size(device, cfg, examples)
     cfg = replace(cfg, lr=0.0, helper_url="", micro_batch=micro_batch)
     trainer = dyme.make_trainer(cfg, replace(policy, end_ids=[]))
     trainer.judge, trainer.rows = coin_flips, examples

@@ -18,6 +18,7 @@ from support import UserError
 
 if TYPE_CHECKING:
     from dyme import Config
+    from reward import Example
 
 T = TypeVar("T")
 Job = TypeVar("Job")
@@ -63,8 +64,9 @@ def set_threads(parameters: int) -> None:
     torch.set_num_threads(1 if parameters < 2e6 else ALL_THREADS)
 
 
-def pass_size(device: torch.device, cfg: "Config", images: bool) -> int:
+def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]) -> int:
     """How many prompts to take in a pass where --micro-batch is 0."""
+    images = any(example.image for example in examples)
     if device.type == "cuda":
         return max(1, cfg.prompts // count())  # halved until they fit
     # Some 1,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.

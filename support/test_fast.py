@@ -296,6 +296,37 @@ def test_models_are_sped_up_or_go_on_as_they_are(
     assert torch.allclose(ours, expected, atol=1e-4)
 
 
+def test_a_model_is_refused_for_what_is_not_known_and_not_for_rounding() -> None:
+    def refused(model: torch.nn.Module) -> bool:
+        try:
+            dyme.check_model(model)
+        except ValueError as error:
+            assert "not known here" in str(error)
+            return True
+        return False
+
+    def with_logits(change: Any) -> torch.nn.Module:
+        model = text_model("llama")
+        forward = model.forward
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            out.logits = change(out.logits)
+            return out
+
+        model.forward = changed
+        return model
+
+    absolute = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64}
+    assert refused(text_model("gpt2", **absolute))  # absolute positions: padding moves them
+    assert refused(with_logits(lambda x: 1.1 * x))
+    assert refused(with_logits(lambda x: 5 * torch.tanh(x / 5)))
+    assert not refused(with_logits(lambda x: x))
+    # Weights that have trained move logits from -10 to 30 by 2e-3: the model is the same.
+    noise = lambda x: x + 1e-3 * (x.max() - x.min()) * torch.randn_like(x).clamp(-3, 3)  # noqa: E731
+    assert not refused(with_logits(noise))
+
+
 @pytest.mark.parametrize("kind, settings", [
     ("qwen2", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("cohere", {"logit_scale": 0.25}),
     ("granite", {"logits_scaling": 8.0})])

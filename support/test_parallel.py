@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dyme
+from reward import Example
 from support import UserError, files, parallel
 from test_dyme import HERE, Patch, near, without_times
 
@@ -190,4 +191,5 @@ def test_threads_end_with_their_reader() -> None:
 def test_a_cpu_takes_some_thousand_tokens_in_a_pass(
         flags: dict[str, Any], images: bool, size: int) -> None:
     cfg = dyme.Config(**({"prompts": 8, "max_new_tokens": 300} | flags))
-    assert parallel.pass_size(torch.device("cpu"), cfg, images) == size
+    rows = [Example("q", "1"), Example("q", "1", image=str if images else None)]
+    assert parallel.pass_size(torch.device("cpu"), cfg, rows) == size
