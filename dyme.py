@@ -267,8 +267,8 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if device.type == "cuda":
         autocast = functools.partial(torch.autocast, "cuda", dtype=parallel.half_precision())
-    # eval() for good: with dropout in the update, responses would be trained under another
-    # distribution than the one they were sampled from.
+    # No dropout, for good: in the update it would train responses under another distribution than
+    # the one they were sampled from.
     return Policy(model.eval(), processor, tokenizer, sorted(end_ids), pad_id, device, limit,
                   autocast, rollout, sequence_logprobs, image_edge)
 
@@ -915,7 +915,7 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
     if not due or step in trainer.evaluated:
         return
-    batch = cfg.micro_batch * (4 if held_out[0].image else 16)  # without gradients there is room
+    batch = max(4 * cfg.micro_batch, 1 if held_out[0].image else 32)  # no gradients: there is room
     predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, batch)
     trainer.evaluated.add(step)
     if not parallel.is_main():

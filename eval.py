@@ -96,9 +96,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     out = open_folder(Path(args.out or default), stack)
     made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
     batch = args.batch or (64 if made else 32 if device.type == "cuda" else 8)
-    preset = Config(**PRESETS.get(source.partition(":")[0], {}))
-    own = saved.get("max_new_tokens", preset.max_new_tokens)
-    longest = args.max_new_tokens or (own if made else 1024)
+    own = {"max_new_tokens": Config.max_new_tokens} | PRESETS.get(data.name_of(source), {}) | saved
+    longest = args.max_new_tokens or (own["max_new_tokens"] if made else 1024)
     predictions = respond(policy, examples, longest, batch, prompt=prompt)
     summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
     summary |= thinking.summarise(predictions)

@@ -66,12 +66,12 @@ def set_threads(parameters: int) -> None:
 
 def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]) -> int:
     """How many prompts to take in a pass where --micro-batch is 0."""
-    images = any(example.image for example in examples)
     if device.type == "cuda":
-        return max(1, cfg.prompts // count())  # halved until they fit
+        return -(-cfg.prompts // count())  # this process's share; halved until they fit
     # Some 1,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
     responses = 1 if cfg.mode == "sft" else cfg.generations
-    most = 2 if images else max(2, 1024 // (responses * cfg.max_new_tokens))
+    of_text = max(2, 1024 // (responses * cfg.max_new_tokens))
+    most = 2 if any(example.image for example in examples) else of_text
     return min(most, cfg.prompts * cfg.generations // responses)
 
 

@@ -50,8 +50,8 @@ class Problem:
 
     def is_sound(self) -> bool:
         """Are all results between 1 and 99, and no number there twice?"""
-        different = len({*self.numbers()}) == len(self.numbers())
-        return different and all(0 < x < 100 for x in [self.start, *self.results()])
+        return len({*self.numbers()}) == len(self.numbers()) and all(
+            0 < x < 100 for x in [self.start, *self.results()])
 
 
 def draw(rng: np.random.Generator, signs: tuple[str, ...], result: int = 0) -> Problem | None:

@@ -292,6 +292,8 @@ def test_the_picture_marks_false_numbers_and_shows_a_question_that_tells_modes_a
     folders = [tmp_path / "dyme", tmp_path / "sft"]
     base, ours = (picture.held_out(folders[0], first) for first in (True, False))
     assert picture.choose(base, ours, base) == next(e.name for e in rows if e.source == "sum")
+    with pytest.raises(UserError, match="no sum that"):  # the other run has it right too
+        picture.choose(base, ours, ours)
     monkeypatch.setattr(sys, "argv", ["picture", str(tmp_path / "p.png"), *map(str, folders)])
     assert run_folders.run_main(picture.main) == 0
     assert Image.open(tmp_path / "p.png").size == picture.SIZE
