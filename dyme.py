@@ -45,6 +45,7 @@ from support import DivergedError, UserError, data, files, parallel, runs, setti
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 NONE = torch.zeros(0)  # stands for r_a, r_t, ... in steps of SFT, which sample nothing
+SHUFFLING, SAMPLING = 1, 2  # begin their seeds: else epoch 0 and step 0 would share random numbers
 
 # ---- Settings: every field is a flag -------------------------------------------------------------
 
@@ -433,7 +434,7 @@ def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: in
     uniforms = []
     for prompt in prompts:
         for k in range(generations):
-            generator = np.random.default_rng([seed, step, prompt, k])
+            generator = np.random.default_rng([SAMPLING, seed, step, prompt, k])
             uniforms.append(generator.random(tokens, np.float32))
     return torch.from_numpy(np.stack(uniforms))
 
@@ -1029,11 +1030,10 @@ def load_reference(trainer: Trainer, run: Path, step: int) -> Model:
 def schedule(cfg: Config, step: int) -> tuple[str, float]:
     """Mode and learning rate of a step: in each stage warm-up, then linear decay."""
     mode, first, last = cfg.mode, 0, cfg.steps
-    if cfg.mode == "two-stage":
-        if step < cfg.sft_steps:
-            mode, last = "sft", cfg.sft_steps
-        else:
-            mode, first = "grpo", cfg.sft_steps
+    if cfg.mode == "two-stage" and step < cfg.sft_steps:
+        mode, last = "sft", cfg.sft_steps
+    elif cfg.mode == "two-stage":
+        mode, first = "grpo", cfg.sft_steps
     # A short stage must not be all warm-up.
     warmup = min(cfg.warmup, (last - first) // 2)
     rise = (step - first + 1) / (warmup + 1)
@@ -1048,7 +1048,7 @@ def step_rows(cfg: Config, step: int, count: int) -> list[int]:
     start = cfg.prompts * (step - sft_before) + cfg.prompts * cfg.generations * sft_before
     size = cfg.prompts * (cfg.generations if schedule(cfg, step)[0] == "sft" else 1)
     epochs = range(start // count, (start + size - 1) // count + 1)
-    orders = {e: np.random.default_rng([cfg.seed, e]).permutation(count) for e in epochs}
+    orders = {e: np.random.default_rng([SHUFFLING, cfg.seed, e]).permutation(count) for e in epochs}
     return [int(orders[i // count][i % count]) for i in range(start, start + size)]
 
 

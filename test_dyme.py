@@ -445,6 +445,16 @@ def test_draws_follow_the_distribution_and_depend_on_their_key_alone() -> None:
         assert not torch.equal(uniforms, other)
 
 
+def test_shuffling_and_sampling_share_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or make(seed))
+    dyme.step_rows(Config(prompts=8, seed=3), 0, 4)  # epochs 0 and 1
+    dyme.keyed_uniforms(3, 0, [0], 1, 4)
+    dyme.keyed_uniforms(3, 1, [0], 1, 4)
+    first = [make(seed).random() for seed in seeds]
+    assert len(first) == 4 == len({*first})
+
+
 def test_samples_do_not_depend_on_the_batch(tiny: Policy, examples: list[Example]) -> None:
     def responses(chunks: list[list[int]]) -> list[list[int]]:
         inputs = [dyme.encode_prompts(tiny, [examples[i] for i in rows], 16) for rows in chunks]
