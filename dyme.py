@@ -260,8 +260,8 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     end_ids = {tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None}
     if not end_ids:
         raise UserError(f"{name}: nothing names an end token, not even the chat template")
-    pad_id = tokenizer.pad_token_id
-    pad_id = min(end_ids) if pad_id is None else pad_id
+    if tokenizer.pad_token_id is None:  # Llama's tokenizers name none; masked, any token will do
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(end_ids))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     # Half precision for forward passes on CUDA. The weights stay float32: in bf16 a step of 1e-5
     # would be lost in rounding.
@@ -270,8 +270,8 @@ def make_policy(model: Model, processor: Any, device: torch.device,
         autocast = functools.partial(torch.autocast, "cuda", dtype=parallel.half_precision())
     # No dropout, for good: in the update it would train responses under another distribution than
     # the one they were sampled from.
-    return Policy(model.eval(), processor, tokenizer, sorted(end_ids), pad_id, device, limit,
-                  autocast, rollout, sequence_logprobs, image_edge)
+    return Policy(model.eval(), processor, tokenizer, sorted(end_ids), tokenizer.pad_token_id,
+                  device, limit, autocast, rollout, sequence_logprobs, image_edge)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
@@ -316,7 +316,7 @@ def target_ids(policy: Policy, example: Example, response: str | None = None,
     before = render(policy.processor, question, has_image)
     full = render(policy.processor, question, has_image, response)
     if not full.startswith(before):
-        raise UserError("the model's chat template does not continue its own prompt")
+        raise UserError(f"the chat template does not continue its own prompt (..{before[-20:]!r})")
     # Prompt and response are tokenized together, as the model would meet them.
     texts = [full, before, full[len(before):]]
     ids, prompt_ids, alone = policy.tokenizer(texts, add_special_tokens=False).input_ids

@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import dyme
 import eval as evaluation
@@ -239,7 +241,11 @@ QWEN = {"image_token_id": IMAGE, "vision_start_token_id": 6, "vision_end_token_i
         "text_config": TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": QWEN_ROPE}}
 SMOL = {"image_token_id": IMAGE, "scale_factor": 1, "vision_config": VISION,
         "text_config": TEXT | {"model_type": "llama"}, "pad_token_id": 0}
-SETTINGS = {"idefics3": SMOL, "smolvlm": SMOL, "llava_onevision": LLAVA, "qwen2_5_vl": QWEN}
+INTERN = {"image_token_id": IMAGE, "image_seq_length": 1,
+          "vision_config": VISION | {"image_size": [16, 16], "patch_size": [8, 8]},
+          "text_config": TEXT | {"model_type": "qwen2"}}
+SETTINGS = {"idefics3": SMOL, "smolvlm": SMOL, "llava_onevision": LLAVA, "qwen2_5_vl": QWEN,
+            "internvl": INTERN}
 FAMILIES = [*SETTINGS]
 CONNECTOR = "connector|projector|merger"
 
@@ -266,6 +272,8 @@ def family_inputs(family: str, text: list[int], seed: int,
         shape, count = (1, 2, 3, 16, 16), 10
     if family == "qwen2_5_vl":
         shape, before, after = (16, 3 * 2 * 8 * 8), [6], [7]
+    if family == "internvl":
+        shape, count = (1, 3, 16, 16), 1
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     ids = torch.tensor([[9, *before, *[IMAGE] * count, *after, *text]])
     inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -519,6 +527,36 @@ def test_the_real_smolvlm_processor(examples: list[Example]) -> None:
     assert inputs["pixel_values"].shape[:2] == (2, 1)  # --image-edge 512 is one tile
     assert (inputs["attention_mask"][:, -1] == 1).all()
     assert inputs["input_ids"][0, -1] == inputs["input_ids"][1, -1]
+
+
+def test_an_image_edge_bounds_the_tiles_of_internvl() -> None:
+    # Its image processor alone: the whole processor cannot be made without torchvision.
+    wide, model = Image.new("RGB", (1600, 800)), tiny_family("internvl")
+    for edge, tiles in ((0, 9), (1344, 9), (896, 3), (448, 1)):  # 4 x 2, 2 x 1; and a thumbnail
+        processor = new_policy(0).processor
+        processor.image_processor = images = GotOcr2ImageProcessorPil(crop_to_patches=True)
+        images.size = {"height": 448, "width": 448}
+        dyme.make_policy(model, processor, CPU, edge)
+        assert len(images(wide).pixel_values) == tiles
+
+
+def test_a_tokenizer_without_a_pad_token_pads_all_the_same(examples: list[Example]) -> None:
+    model, processor = new_policy(0).model, new_policy(0).processor
+    expected = dyme.encode_prompts(dyme.make_policy(model, processor, CPU), examples[:4], 0)
+    processor.tokenizer.pad_token = None
+    policy = dyme.make_policy(model, processor, CPU)
+    inputs = dyme.encode_prompts(policy, examples[:4], 0)
+    assert policy.pad_id == policy.end_ids[0]
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert (inputs["attention_mask"] == 0).any()  # the prompts differ in length
+
+
+def test_a_template_that_opens_the_thinking_itself_is_named(
+        tiny: Policy, examples: list[Example]) -> None:
+    processor = new_policy(0).processor
+    processor.chat_template = processor.chat_template.replace("Assistant:", "Assistant: <think>")
+    with pytest.raises(UserError, match="does not continue its own prompt.* <think>'"):
+        dyme.target_ids(dataclasses.replace(tiny, processor=processor), examples[0])
 
 
 def test_a_prompt_longer_than_the_context_is_named(tiny: Policy, examples: list[Example]) -> None:
