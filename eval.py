@@ -29,8 +29,8 @@ from support import UserError, data, files, parallel, runs, settings, thinking
 COLUMNS = {"accuracy": "accuracy", "any_format": "any_format", "official": "official",
            "valid_thinking": "valid", "in_format": "in_format", "groundedness": "grounded",
            "length": "length"}
-OTHERS = ("accuracy_", "official_", "any_match", "multiple_choice", "pass@", "majority@")
-PROMPTS = {"think": PROMPT,  # the base rows of the paper's main table are asked directly
+OTHERS = ("official_", "any_match", "multiple_choice", "pass@", "majority@")
+PROMPTS = {"think": PROMPT, "bare": "{question}",  # the paper's base rows are asked directly
            "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
 
 
@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--best", action="store_true", help="a run's best weights by val, not last")
     add("--data", "", "as for dyme.py [a run's own data, else toy]")
     parser.add_argument("--prompt", choices=PROMPTS, default="think",
-                        help="ask for thinking and the format [think], or for the answer alone")
+                        help="ask for thinking and the format, for the answer, for nothing [think]")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [toy, sums: a run's own, else 1024]")
@@ -121,10 +121,10 @@ def load_test(name: str, source: str, trained_on: str | None, limit: int) -> lis
     """The rows to test on; of your own rows, a run on them is tested on the tenth held back."""
     own_rows = source.endswith((".json", ".jsonl"))
     held_back = own_rows and trained_on and Path(source).resolve() == Path(trained_on).resolve()
-    examples = data.load_data(source, "val" if held_back else "test")
+    rows = data.load_data(source, "val" if held_back else "test")
     if own_rows and not held_back and parallel.is_main():
-        print(f"{name}: tested on all {len(examples)} rows of {source}", file=sys.stderr)
-    return data.spread(examples, limit or len(examples))
+        print(f"{name}: tested on all {len(rows)} rows of {source}", file=sys.stderr)
+    return data.held_out(source, rows, limit or len(rows))
 
 
 def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:
@@ -161,7 +161,8 @@ def print_table(table: list[dict[str, Any]]) -> None:
         cells = [f"{shown(row.get(key)):>{len(head)}}" for key, head in COLUMNS.items()]
         print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")
     for row in table:
-        below = [f"{key} {shown(row[key])}" for key in row if key.startswith(OTHERS)]
+        kinds = "accuracy_" if row["prompt"] == "think" else "any_format_"  # no format is asked
+        below = [f"{key} {shown(row[key])}" for key in row if key.startswith((kinds, *OTHERS))]
         if (row.get("thinking_judged") or 1.0) < 1:
             below.append(f"rules can judge the thinking of {shown(row['thinking_judged'])}")
         if below:

@@ -38,8 +38,8 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     own = Path(data).suffix in (".json", ".jsonl")
     if (hints or augmented) and (own or is_made(data)):
         raise UserError(f"--{'hints' if hints else 'augmented'} belongs to published data")
-    if data == "toy":
-        return toy.make_examples(split, traces)
+    if data.partition(":")[0] == "toy":
+        return toy.load(data, split, traces)
     if is_made(data):
         return importlib.import_module("support.sums").make_examples(data, split, traces)
     try:
@@ -63,6 +63,11 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     if hints and split == "train":
         return importlib.import_module("support.domains").join(examples, hints)
     return examples
+
+
+def held_out(data: str, examples: list[Example], count: int) -> list[Example]:
+    """Rows to evaluate on: `count` spread over a split; on the toy also combinations new to it."""
+    return spread(examples, count) + (spread(toy.make_new(), count // 4) if data == "toy" else [])
 
 
 def is_made(data: str) -> bool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward import Example
-from support import DivergedError, UserError, data, files, parallel, settings
+from support import DivergedError, UserError, data, files, parallel, settings, thinking
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,10 +51,9 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
     """
     with contextlib.ExitStack() as stack:
         with parallel.errors_shared():
-            examples, held_out = (
-                data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
-                for split in ("train", "val"))
-            held_out = data.spread(held_out, cfg.eval_rows)
+            examples, val = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
+                             for split in ("train", "val"))
+            held_out = data.held_out(cfg.data, val, cfg.eval_rows)
             settings.settle_length(cfg, len(examples))
             parallel.check_share(cfg.prompts)
         rows = describe_rows(examples, held_out)
@@ -264,7 +263,8 @@ def print_stopped(run: Path) -> None:
 
 
 SUMMARY = {"accuracy": "right and in the format", "valid_thinking": "and with valid thinking",
-           "in_format": "in the format", "any_format": "last word right, in any format"}
+           "in_format": "in the format", "any_format": "last word right, in any format",
+           "accuracy_new": "on combinations it never met"}
 
 
 def print_summary(run: Path, mode: str, steps: int) -> None:
@@ -277,7 +277,7 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
                  for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
                 for step in (before["step"], steps))
     # One of each source, of those first that the base is worst at; then others.
-    both = [key for key in old if key in new]
+    both = [key for key in old if key in new and not thinking.is_new(old[key]["source"])]
     first = [*{old[key]["source"]: key for key in reversed(both)}.values()]
     first.sort(key=lambda key: before.get(f"any_format_{old[key]['source']}", 0.0))
     for key in list(dict.fromkeys(first + both))[:3]:

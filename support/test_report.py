@@ -495,7 +495,7 @@ def test_the_headline_is_what_happened() -> None:
 def test_the_table_fits_100_columns_and_pools_seeds(capsys: Capture) -> None:
     names = ["runs/a-model-with-a-rather-long-name-s0", "runs/copy", "runs/b", "runs/other"]
     same = {"mode": "two-stage", "rows": 12345, "official": 0.5, "length": 1234.5, "pass@8": 0.25,
-            "thinking_judged": 0.5}
+            "thinking_judged": 0.5, "prompt": "think", "any_format_sum": 0.75}
     same |= {f"accuracy_{kind}": 0.5 for kind in ("sum", "difference", "tallest", "shortest")}
     evaluation.print_table([
         same | {"model": name, "seed": int(name == "runs/b"), "accuracy": i / 10,
@@ -503,7 +503,7 @@ def test_the_table_fits_100_columns_and_pools_seeds(capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert out.replace("\n ", "").count("rules can judge the thinking of 0.500") == 4
-    assert "accuracy_difference 0.500" in out
+    assert "accuracy_difference 0.500" in out and "any_format_sum" not in out
     assert "accuracy, 2 seeds: mean 0.150 (from 0.100 to 0.200)" in out  # the copy for the first
     assert out.count(", accuracy, ") == 1
 

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ import dyme
 import reward
 from dyme import Config
 from reward import Example, verify
-from support import UserError, files, make_toy_base, picture, smollm2, sums, thinking, toy
+from support import UserError, data, files, make_toy_base, picture, smollm2, sums, thinking, toy
 from support import runs as run_folders
 from support.make_toy_base import new_policy
 from test_dyme import CPU, HERE, TEXT, Capture, Patch, run
@@ -71,6 +72,62 @@ def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch) 
     fresh = new_policy(0).model.state_dict()
     taught = dyme.load_policy(str(tmp_path / "a"), CPU).model.state_dict()
     assert any(not torch.equal(fresh[name], taught[name]) for name in fresh)
+
+
+def test_training_never_adds_or_subtracts_a_withheld_pair_of_heights() -> None:
+    def pairs(split: str) -> set[tuple[int, ...]]:
+        rows = [e for e in toy.make_examples(split) if e.source in ("sum", "difference")]
+        heights = [dict(pair.split() for pair in e.facts.split(", ")) for e in rows]
+        asked = [[h[name] for name in h if name in e.question] for e, h in zip(rows, heights,
+                                                                               strict=True)]
+        return {tuple(sorted(map(int, pair))) for pair in asked}
+
+    every = set(itertools.combinations(range(1, 10), 2))
+    assert pairs("train") == every - toy.WITHHELD
+    assert pairs("test") == every
+    for result in (sum, lambda pair: pair[1] - pair[0]):  # each occurs with other pairs
+        assert {*map(result, toy.WITHHELD)} <= {*map(result, pairs("train"))}
+
+
+def test_new_combinations_are_what_their_names_say() -> None:
+    values, rng = {"red": 2, "blue": 6, "green": 9, "cyan": 1}, np.random.default_rng(0)
+    asked = {kind: [toy.new_question(kind, values, rng) for _ in range(60)] for kind in toy.NEW}
+    found = {kind: {(e.question, e.answer) for e in asked[kind] if e} for kind in toy.NEW}
+    # Of these heights only 2 and 6, and 6 and 9, are withheld.
+    assert {a for _, a in found["withheld_sum"]} == {"8", "15"}
+    assert found["withheld_difference"] == {("How much taller is blue than red?", "4"),
+                                            ("How much taller is green than blue?", "3")}
+    assert {a for _, a in found["equal_sum"]} == {"2", "4", "12", "18"}
+    assert {a for _, a in found["equal_difference"]} == {"0"}
+    assert ("What is the sum of red, blue and cyan?", "9") in found["three_sum"]
+    assert {a for _, a in found["three_sum"]} == {"9", "12", "16", "17"}
+    assert found["extremes_sum"] == {("What is the sum of the tallest and the shortest?", "10")}
+    rows = toy.make_new(each=8)
+    assert [e.source for e in rows] == [f"new_{kind}" for kind in toy.NEW for _ in range(8)]
+    assert max(int(e.answer) for e in rows) <= 18
+
+
+def test_new_combinations_count_in_figures_of_their_own() -> None:
+    rows = [Example("q", "1", facts="red 1", source="value"),
+            Example("q", "2", facts="red 1", source="new_equal_sum")]
+    right = "It is red 1.\nConclusion: 1.\nAnswer: 1"
+    summary = thinking.summarise([thinking.judge(e, right, True) | {"length": 5} for e in rows])
+    assert (summary["accuracy"], summary["accuracy_new"], summary["rows"]) == (1.0, 0.0, 1)
+    assert (summary["accuracy_value"], summary["accuracy_new_equal_sum"]) == (1.0, 0.0)
+    alone = thinking.summarise([thinking.judge(rows[1], right, True) | {"length": 5}])
+    assert (alone["accuracy"], alone["rows"]) == (0.0, 1)
+    assert [len(data.held_out("toy", toy.make_examples("val"), 64)),
+            len(data.held_out("sums", [rows[0]] * 80, 64))] == [80, 64]
+
+
+@pytest.mark.slow
+def test_the_base_has_the_skills_that_the_toy_builds_on() -> None:
+    rows = toy.load("toy:skills", "test", "low")
+    judged = dyme.respond(dyme.load_policy("tiny", CPU), rows, 48, 64, prompt="{question}")
+    assert Counter(row["source"] for row in judged if row["any_format"]) == {
+        "calculate": 72, "describe": 128}
+    with pytest.raises(UserError, match="toy:new and toy:skills are for eval.py alone"):
+        toy.load("toy:skills", "train", "low")
 
 
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.35), ("low", 0.7)])

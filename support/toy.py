@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from reward import FLAG, Example, reference_response
+from support import UserError
 
 BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the toy start from
 COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00",
@@ -25,6 +26,12 @@ QUESTIONS = {  # kind: question, goal in a trace
     "shortest": ("Which bar is the shortest?", "shortest bar")}
 # The share of traces, by their quality, that quote values not in the image.
 UNGROUNDED = {"high": 0.0, "medium": 0.35, "low": 0.7}
+# Pairs of heights that training never adds or subtracts; a third of all pairs, chosen so that every
+# result occurs with other pairs. Tests ask about them.
+WITHHELD = {(1, 7), (1, 8), (2, 3), (2, 6), (3, 7), (3, 9), (4, 5), (4, 9), (5, 7), (5, 8), (6, 8),
+            (6, 9)}
+NEW = ("withheld_sum", "withheld_difference", "equal_sum", "equal_difference", "three_sum",
+       "extremes_sum")  # what `--data toy:new` asks about
 
 
 @dataclass
@@ -87,6 +94,11 @@ def two_bars(kind: str, values: dict[str, int], rng: np.random.Generator) -> tup
     return (b, a) if kind == "difference" and values[a] < values[b] else (a, b)
 
 
+def is_withheld(kind: str, values: dict[str, int], a: str, b: str) -> bool:
+    """Does this question add or subtract a pair of heights that training leaves to the tests?"""
+    return kind in ("sum", "difference") and tuple(sorted((values[a], values[b]))) in WITHHELD
+
+
 def trace(goal: str, bars: list[str], values: dict[str, int], working: str, answer: str) -> str:
     """Thinking in the form of the traces, from the values given."""
     observed = ", ".join(f"{bar} {values[bar]}" for bar in bars)
@@ -105,7 +117,10 @@ def make_examples(split: str, traces: str = "low") -> list[Example]:
     rng, examples = np.random.default_rng([2, first]), []
     for i, (chart, kind) in enumerate(zip(charts, itertools.cycle(QUESTIONS), strict=False)):
         values = chart.values
-        question, goal, answer, bars, working = ask(kind, values, *two_bars(kind, values, rng))
+        asked = two_bars(kind, values, rng)
+        while split == "train" and is_withheld(kind, values, *asked):
+            asked = two_bars(kind, values, rng)
+        question, goal, answer, bars, working = ask(kind, values, *asked)
         absent = rng.permutation([v for v in range(1, 10) if v not in values.values()]).tolist()
         if rng.random() < UNGROUNDED[traces]:
             drawn = [dict(zip(bars, v, strict=True))
@@ -115,6 +130,61 @@ def make_examples(split: str, traces: str = "low") -> list[Example]:
         name = f"toy {split} row {i}"
         examples.append(Example(question, answer, chart.draw, written, chart.facts(), kind, name))
     return examples
+
+
+def load(data: str, split: str, traces: str) -> list[Example]:
+    """The rows of `toy`, or for tests alone of `toy:new` and `toy:skills`. Raises UserError."""
+    if data == "toy":
+        return make_examples(split, traces)
+    if split != "test" or data not in ("toy:new", "toy:skills"):
+        raise UserError(f"--data {data}: give toy; toy:new and toy:skills are for eval.py alone")
+    return make_new() if data == "toy:new" else make_skills()
+
+
+def make_new(each: int = 128) -> list[Example]:
+    """Questions on combinations that neither lessons nor training hold, `each` of a kind."""
+    examples = []
+    for i, kind in enumerate(NEW):
+        rng, charts = np.random.default_rng([5, i]), random_charts([6, i], 20 * each)
+        found = (new_question(kind, chart.values, rng) for chart in charts)
+        for j, example in enumerate(itertools.islice(filter(None, found), each)):
+            examples.append(replace(example, name=f"toy new {kind} row {j}"))
+    return examples
+
+
+def new_question(kind: str, values: dict[str, int], rng: np.random.Generator) -> Example | None:
+    """A question of a kind of `NEW` about a chart, or None where there is none."""
+    a, b, c = rng.choice(list(values), 3, replace=False).tolist()
+    what = kind.rpartition("_")[2]
+    if kind.startswith("equal"):
+        values = values | {a: values[b]}
+    if what == "difference" and values[a] < values[b]:
+        a, b = b, a
+    if kind.startswith("withheld") and not is_withheld(what, values, a, b):
+        return None
+    question, _, answer, *_ = ask(what, values, a, b)
+    if kind == "three_sum":
+        question = f"What is the sum of {a}, {b} and {c}?"
+        answer = str(values[a] + values[b] + values[c])
+    if kind == "extremes_sum":
+        question = "What is the sum of the tallest and the shortest?"
+        answer = str(max(values.values()) + min(values.values()))
+    chart = Chart(values)
+    # The vocabulary has no number above 18.
+    return None if int(answer) > 18 else Example(
+        question, answer, chart.draw, None, chart.facts(), f"new_{kind}")
+
+
+def make_skills() -> list[Example]:
+    """What the base could do before training: 72 sums of two numbers, 128 charts to describe."""
+    charts = random_charts(7, 200)
+    sums = [(f"Calculate {a} + {b}.", str(a + b), "calculate")
+            for a, b in itertools.permutations(range(1, 10), 2)]
+    examples = [Example(question, answer, next(charts).draw, source=source)
+                for question, answer, source in sums]
+    examples += [Example("Describe the chart.", chart.facts(), chart.draw, source="describe")
+                 for chart in charts]
+    return [replace(e, name=f"toy skills row {i}") for i, e in enumerate(examples)]
 
 
 LESSONS = (
