@@ -49,7 +49,8 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
 
     If it ends before its first checkpoint, the run that it replaces is put back. Raises UserError.
     """
-    with contextlib.ExitStack() as stack:
+    # An exception, so that also a signal brings the run before back.
+    with signals_handled(signal.default_int_handler), contextlib.ExitStack() as stack:
         with parallel.errors_shared():
             examples, val = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
                              for split in ("train", "val"))
@@ -59,15 +60,15 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
         rows = describe_rows(examples, held_out)
         if any(other != (cfg, rows) for other in parallel.gather((cfg, rows))):
             raise UserError("the processes of this run differ in their flags or rows")
-        # An exception, so that also a signal brings the run before back.
-        stack.enter_context(signals_handled(signal.default_int_handler))
         with parallel.errors_shared():
             if parallel.is_main():
-                enter(cfg, rows, stack)
+                enter(cfg, stack)
+                if cfg.resume:
+                    check_unchanged(Path(cfg.out), rows)
         yield examples, held_out
 
 
-def enter(cfg: Config, rows: dict[str, Any], stack: contextlib.ExitStack) -> None:
+def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
     """Enter the run folder, or make it, and lock it until the stack ends. Raises UserError."""
     run = Path(cfg.out)
     if (run / "config.json").exists():
@@ -79,8 +80,7 @@ def enter(cfg: Config, rows: dict[str, Any], stack: contextlib.ExitStack) -> Non
         ours = {files.LOCK, "helper.jsonl"}  # what a start that failed may leave
         if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
             raise UserError(f"--out {run}: is not empty and not a run; name another folder")
-    # A resumed run reads its base only as the KL's reference, which must not be the policy.
-    for name in ("model", "data", "hints") if cfg.beta or not cfg.resume else ("data", "hints"):
+    for name in ("model", "data", "hints") if not cfg.resume else ():
         given = getattr(cfg, name)
         if given and Path(given).exists() and Path(given).resolve().is_relative_to(run.resolve()):
             raise UserError(f"--{name} {given}: lies in --out {run}; name another --out")
@@ -91,8 +91,6 @@ def enter(cfg: Config, rows: dict[str, Any], stack: contextlib.ExitStack) -> Non
     if (run / "checkpoint").exists() or read_config(run).get("saved"):
         restore(run)  # if a start that was to replace this run was killed
     stack.callback(restore, run)
-    if cfg.resume:
-        check_unchanged(run, rows)
 
 
 def outputs(run: Path) -> list[Path]:
@@ -252,8 +250,7 @@ def print_start(cfg: Config, device: torch.device, training: int, held_out: int,
         print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
               f"{where}")
         if 20 <= cfg.steps <= 2 * cfg.warmup:
-            print(f"warning: --warmup {cfg.warmup}: half of the {cfg.steps} steps or more",
-                  file=sys.stderr)
+            warn_once(f"--warmup {cfg.warmup}: half of the {cfg.steps} steps or more")
 
 
 def print_stopped(run: Path) -> None:
@@ -273,17 +270,14 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
     if not (parallel.is_main() and evaluated):
         return
     before, after = evaluated[0], evaluated[-1]
-    old, new = ({(row["name"], row["question"]): row
-                 for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
-                for step in (before["step"], steps))
-    # One of each source, of those first that the base is worst at; then others.
-    both = [key for key in old if key in new and not thinking.is_new(old[key]["source"])]
-    first = [*{old[key]["source"]: key for key in reversed(both)}.values()]
-    first.sort(key=lambda key: before.get(f"any_format_{old[key]['source']}", 0.0))
-    for key in list(dict.fromkeys(first + both))[:3]:
-        facts = f"; {old[key]['facts']}" if old[key].get("facts") else ""
-        print(f"\n{old[key]['question']} (answer: {old[key]['answer']}{facts})")
-        for when, said in (("before", old[key]), ("after", new[key])):
+    both = [files.read_jsonl(run / f"held-out-{step}.jsonl") for step in (before["step"], steps)]
+    # The same rows in the same order; those first that are of a kind that the base is worst at.
+    pairs = [p for p in zip(*both, strict=False) if not thinking.is_new(p[0]["source"])]
+    pairs.sort(key=lambda pair: before.get(f"any_format_{pair[0]['source']}", 0.0))
+    for old, new in data.spread(pairs, 3):
+        facts = f"; {old['facts']}" if old.get("facts") else ""
+        print(f"\n{old['question']} (answer: {old['answer']}{facts})")
+        for when, said in (("before", old), ("after", new)):
             print(f"  {when}: {verdict(said)}")
             print(textwrap.indent(said["response"] or "(nothing)", "    "))
     print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
@@ -328,15 +322,20 @@ def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
 TOLD: set[str] = set()  # warnings that were given
 
 
+def warn_once(text: str) -> None:
+    """Print a warning that was not given before."""
+    if text not in TOLD:
+        TOLD.add(text)
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def tolerated(what: str) -> Iterator[None]:
     """Let a run go on where it cannot write to a log, and say so once."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a closed file
-        if what not in TOLD:
-            TOLD.add(what)
-            print(f"warning: {what}: cannot be written ({error}); going on", file=sys.stderr)
+        warn_once(f"{what}: cannot be written ({error}); going on")
 
 
 def guard_streams() -> None:
@@ -384,15 +383,12 @@ def warn(last: list[dict[str, Any]]) -> None:
     sampled = [row for row in last if row.get("accuracy") is not None]
     if len(sampled) < 20:
         return
-    truncated = sum(row.get("truncated", 0.0) for row in sampled) / len(sampled)
-    wrong = {
-        "no response of the last 20 steps was right: exploration has nothing to learn from":
-            not any(row["accuracy"] for row in sampled),
-        "most responses of the last 20 steps were cut off, which counts as wrong: try a higher "
-        "--max-new-tokens": truncated > 0.5}
-    for text in [text for text, holds in wrong.items() if holds and text not in TOLD]:
-        TOLD.add(text)
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+    if not any(row["accuracy"] for row in sampled):
+        warn_once("no response of the last 20 steps was right: exploration has nothing to learn "
+                  "from")
+    if sum(row.get("truncated", 0.0) for row in sampled) > len(sampled) / 2:
+        warn_once("most responses of the last 20 steps were cut off, which counts as wrong: try a "
+                  "higher --max-new-tokens")
 
 
 MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both",
