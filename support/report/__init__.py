@@ -119,9 +119,9 @@ class Shelf:
     def rows(self, cfg: Row, split: str) -> dict[str, Example]:
         """A split of a run's data, by the names of its rows; empty if it is not at hand."""
         source = (cfg["data"], split, cfg["traces"], cfg["augmented"], cfg["hints"])
-        with contextlib.suppress(Exception):  # of any kind: the page can do without
-            if source not in self.sets:
-                self.sets[source] = {}
+        if source not in self.sets:
+            self.sets[source] = {}
+            with contextlib.suppress(Exception):  # of any kind: the page can do without
                 self.sets[source] = {one.name: one for one in data.load_data(*source)}
         return self.sets[source]
 
@@ -182,8 +182,8 @@ def mark(text: str | None, facts: str | None, question: str) -> list[list[str]]:
 
 def answers(run: Run, shelf: Shelf, most: int) -> list[Row]:
     """At most so many held-out responses, of the base and of the end; those that changed first."""
-    base = {(row["name"], row["question"]): row for row in run.before}
-    pairs = [(old, new) for new in run.after if (old := base.get((new["name"], new["question"])))]
+    base = {row["name"]: row for row in run.before}
+    pairs = [(base[row["name"]], row) for row in run.after if row["name"] in base]
     changed = [(old, new) for old, new in pairs if old["accuracy"] != new["accuracy"]]
     alike = [(old, new) for old, new in pairs if old["accuracy"] == new["accuracy"]]
     changed = data.spread(changed, most * 3 // 4 + 1)
@@ -211,20 +211,18 @@ def columns(found: list[Row], keys: list[str]) -> Row:
 
 
 def charts(runs: list[Run], shown: list[Row]) -> list[Row]:
-    """The charts that have values, one for each kind of question; none twice of one run."""
-    skills = dict.fromkeys(
-        (KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
-        for one in shown for kind in one["kinds"])
-    with_format, found, seen = any(run.cfg["format_weight"] for run in runs), [], []
-    for section, title, unit, key, axis in [*CHARTS[:3], *list(skills)[:KINDS], *CHARTS[3:]]:
+    """The charts that have values; one for each kind of question."""
+    kinds = dict.fromkeys(kind for one in shown for kind in one["kinds"])
+    by_kind = [(KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
+               for kind in kinds]
+    with_format, found = any(run.cfg["format_weight"] for run in runs), []
+    for section, title, unit, key, axis in [*CHARTS[:3], *by_kind, *CHARTS[3:]]:
         evaluated = section in (HELD_OUT, KIND)
-        curves = [one["evaluations" if evaluated else "metrics"].get(key) for one in shown]
-        values = {value for curve in curves for value in curve or [] if value is not None}
+        curves = [one["evaluations" if evaluated else "metrics"].get(key, []) for one in shown]
+        values = {value for curve in curves for value in curve if value is not None}
         unused = key == "kl" or (key == "reward_format" and not with_format)
-        twin = len(runs) == 1 and not evaluated and curves in seen
-        if not values or twin or (unused and len(values) == 1):
+        if not values or (unused and len(values) == 1):
             continue
-        seen.append(curves)
         unit += " + w_f r_f" if key == "reward" and with_format else ""
         found.append({"section": section, "title": title, "unit": unit, "key": key, "axis": axis,
                       "evaluated": evaluated, "relative": False})
@@ -257,16 +255,14 @@ def fit(content: Row, shelf: Shelf) -> dict[str, str]:
     order = sorted(((n, group["name"]) not in told, not group.keys() & {"switched", "first"},
                     i * golden % 1 * len(one["groups"]), n, i)
                    for n, one in enumerate(shown) for i, group in enumerate(one["groups"]))
-    kept: list[list[Row]] = [[] for _ in shown]
-    wanted = [(n, row) for n, one in enumerate(shown) for row in one["answers"]]
-    wanted += [(n, shown[n]["groups"][i]) for *_, n, i in order]
-    images, budget = {}, PAGE_BYTES
-    for n, row in wanted:
+    wanted = [row for one in shown for row in one["answers"]]
+    wanted += [shown[n]["groups"][i] for *_, n, i in order]
+    images, budget, kept = {}, PAGE_BYTES, set()
+    for row in wanted:
         if budget < 0:
             break
         budget -= len(json.dumps(row))
-        if "step" in row:
-            kept[n].append(row)
+        kept.add(id(row))
         address = row["image"]
         if address in shelf.pictures and address not in images:
             with contextlib.suppress(UserError, OSError):
@@ -276,6 +272,6 @@ def fit(content: Row, shelf: Shelf) -> dict[str, str]:
                 text = base64.b64encode(file.getvalue()).decode()
                 images[address] = f"data:image/{kind};base64,{text}"
                 budget -= len(text)
-    for one, groups in zip(shown, kept, strict=True):
-        one["groups"] = sorted(groups, key=lambda group: group["step"])
+    for one in shown:
+        one["groups"] = [group for group in one["groups"] if id(group) in kept]
     return images

@@ -1,5 +1,6 @@
 """A run as the page knows it: what does not fit is left out of its records, and counted."""
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ def fits(value: Any, shape: Any) -> bool:
     """Is a value as the shape wants it? A number that cannot be drawn, such as NaN, never is."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value.get(key), part) for key, part in shape.items())
     if shape in (int, float):
         return type(value) in (int, shape) and (0 if shape is int else -1e9) <= value <= 1e9
     if shape is str:
@@ -35,39 +41,27 @@ def fits(value: Any, shape: Any) -> bool:
     return isinstance(value, bool) if shape is bool else value == shape
 
 
-def fitted(value: Any, shape: Any) -> Any:
-    """What a shape, or an object or list of shapes, names of a value. Raises ValueError."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        return {key: fitted(value.get(key), part) for key, part in shape.items()}
-    if isinstance(shape, list) and isinstance(value, list):
-        return [fitted(item, shape[0]) for item in value]
-    if isinstance(shape, dict | list) or not fits(value, shape):
-        raise ValueError("does not fit")
-    return value
-
-
-def read(file: Path, shape: Row, numbers: bool = False) -> tuple[list[Row], int]:
-    """What a shape names of the rows of a .jsonl file, by step, and how much does not fit.
-
-    With `numbers` a row's other numbers are kept as well.
-    """
-    rows, lost = [], 0
+def read(file: Path, shape: Row, lost: Counter[str], numbers: bool = False) -> list[Row]:
+    """What a shape names of a file's rows, perhaps with other `numbers`; counts what is lost."""
+    rows = []
     try:
         lines = file.read_bytes().split(b"\n") if file.exists() else []
     except OSError:
         lines = [b"?"]  # such as a folder
     for line in filter(bytes.strip, lines):
-        try:
+        row: Any = None
+        with contextlib.suppress(ValueError, RecursionError):  # as a crash may cut a line short
             row = json.loads(line.decode())
-            rows.append(fitted(row, shape))
-        except (ValueError, RecursionError):  # such as a line that a crash cut short
-            lost += 1
+        if not fits(row, shape):
+            lost[file.name] += 1
             continue
-        more = {k: v for k, v in row.items() if numbers and k not in shape and v is not None}
-        known = {key: value for key, value in more.items() if fits(value, float)}
-        rows[-1] |= known
-        lost += len(more) - len(known)
-    return sorted(rows, key=lambda row: row.get("step", 0)), lost
+        rows.append({key: row.get(key) for key in shape})
+        for key, value in row.items() if numbers else ():
+            if fits(value, float):
+                rows[-1][key] = value
+            elif value is not None and key not in shape:
+                lost[file.name] += 1
+    return sorted(rows, key=lambda row: row.get("step", 0))
 
 
 @dataclass
@@ -90,13 +84,11 @@ def read_run(folder: Path, name: str) -> Run:
     cfg, lost = settings.read(folder, Config), Counter[str]()
     if wrong := [key for key, shape in CONFIG.items() if not fits(cfg[key], shape)]:
         raise UserError(f"{folder / 'config.json'}: `{wrong[0]}` is {str(cfg[wrong[0]])[:60]}")
-    cfg["prompts"] = max(1, cfg["prompts"])
     cfg["by_eq_6"] = cfg["mode"] == "dyme" and cfg["switch"] == "any-correct"
     cfg["helper_rates"] = bool(cfg["helper_url"]) and not cfg["no_checker"]  # r_t is the helper's
 
-    def rows(file: str, shape: Row, numbers: bool = False) -> list[Row]:
-        found, lost[f"{file}.jsonl"] = read(folder / f"{file}.jsonl", shape, numbers)
-        return found
+    def rows(name: str, shape: Row, numbers: bool = False) -> list[Row]:
+        return read(folder / f"{name}.jsonl", shape, lost, numbers)
 
     groups, metrics = rows("samples", GROUP), rows("metrics", STEP, numbers=True)
     for group in groups:
