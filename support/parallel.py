@@ -4,8 +4,8 @@ import collections
 import contextlib
 import copy
 import os
+import resource
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,15 +75,12 @@ def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]
     return min(most, cfg.prompts * cfg.generations // responses)
 
 
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: the allocator's on CUDA, the process's elsewhere (None if unknown)."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the allocator's on CUDA, the process's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(ImportError):
-        import resource
-        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -93,12 +90,8 @@ def peak_memory_gib(device: torch.device) -> float | None:
 def processes(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did; `device` as in `select_device`."""
     cuda = select_device(device).type == "cuda"
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # a cluster may set some alone
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: {error}; start several "
-                            "processes with torchrun, or unset these") from None
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
         if dist.is_initialized():
@@ -134,10 +127,7 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def errors_shared() -> Iterator[None]:
-    """Run a block; what one process raises is raised in all, so that none waits for ever.
-
-    That is UserError, and running out of a GPU's memory.
-    """
+    """Run a block; what one process raises is raised in all, so that none waits for ever."""
     found: Exception | None = None
     try:
         yield
@@ -150,25 +140,19 @@ def errors_shared() -> Iterator[None]:
 
 def sum_numbers(numbers: dict[str, Any]) -> dict[str, float]:
     """Add up the numbers of all processes, which must have the same keys."""
-    if not dist.is_initialized():
-        return numbers
-    total = torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64)
-    dist.all_reduce(total)
-    return dict(zip(numbers, total.tolist(), strict=True))
+    parts = gather(numbers)
+    return {name: sum(part[name] for part in parts) for name in numbers}
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes, in one all-reduce."""
+    """Add up the gradients of all processes."""
     # No further averaging: the weights of the sequences hold the step's own denominators.
     trained = [p for p in parameters if p.requires_grad]
-    # A parameter without a gradient in any process must stay without one, or AdamW would decay it.
-    used = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
-    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]
-    flat = torch.cat([used, *gradients])
-    dist.all_reduce(flat)
-    used, *gradients = flat.split([len(trained), *(p.numel() for p in trained)])
-    for p, anywhere, gradient in zip(trained, used.tolist(), gradients, strict=True):
-        p.grad = gradient.view_as(p) if anywhere else None
+    used = gather([p.grad is not None for p in trained])
+    for p, *anywhere in zip(trained, *used, strict=True):
+        if any(anywhere):  # else it must stay without a gradient, or AdamW would decay it
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
 
 
 # ---- Threads -------------------------------------------------------------------------------------
@@ -178,35 +162,30 @@ def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU."""
     if device.type != "cuda":
         return inputs
-    ready = {}
-    for name, tensor in inputs.items():
-        if name == "pixel_values":  # the tower computes in half precision: it would round them too
-            tensor = tensor.to(half_precision())
-        if name == "pixel_attention_mask":  # as int64 it is nearly as large as the images
-            tensor = tensor.bool()
-        ready[name] = tensor.pin_memory()  # else a copy makes the CPU wait
-    return ready
+    # The tower computes in half precision: it would round the pixels too. Their mask is nearly as
+    # large as they are, as int64.
+    smaller = {"pixel_values": half_precision(), "pixel_attention_mask": torch.bool}
+    # Pinned, because another copy makes the CPU wait.
+    return {name: x.to(smaller.get(name, x.dtype)).pin_memory() for name, x in inputs.items()}
 
 
 def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterable[Job],
                ahead: int) -> Generator[Result]:
-    """Yield `work(job, processor)` of each job, in order; up to `ahead` are done before their turn.
-
-    Each thread has a copy of the processor, because a tokenizer cannot serve two.
-    """
+    """Yield `work(job, processor)` of each job, in order; `ahead` may be done before their turn."""
     # This process's part of the cores, one kept for the step itself.
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, min(16, cores - 1, ahead))
-    free, local = [copy.deepcopy(processor) for _ in range(threads)], threading.local()
-
-    def take_processor() -> None:
-        local.processor = free.pop()
+    free = [copy.deepcopy(processor) for _ in range(threads)]  # a tokenizer cannot serve two
 
     def run(job: Job) -> Result:
-        return work(job, local.processor)
+        own = free.pop()
+        try:
+            return work(job, own)
+        finally:
+            free.append(own)
 
     waiting: collections.deque[Future[Result]] = collections.deque()
-    pool = ThreadPoolExecutor(threads, initializer=take_processor)
+    pool = ThreadPoolExecutor(threads)
     try:
         for job in jobs:
             waiting.append(pool.submit(run, job))
