@@ -13,27 +13,21 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from dyme import Config
-from reward import split_response
-from support import UserError, files, runs, settings, thinking, toy
+from support import UserError, files, report, runs, settings, toy
 
 Row = dict[str, Any]
 SIZE, LEFT, MIDDLE, RIGHT = (1600, 600), 40, 430, 1010  # pixels; where three columns begin
 LINES = ("#1f4fc8", "#d62728", "#2c962c", "#ff8c00", "#823cb4")
 NAMES = {"dyme": "DyME", "sft": "SFT", "grpo": "GRPO"}
 TRUE, FALSE, TEXT, GREY = "#1c7c34", "#d62728", "#222222", "#888888"
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font."""
-    return ImageFont.load_default(size)
+COLOURS = {"yes": TRUE, "no": FALSE, "": TEXT}  # of the kinds of text in the report
+font = ImageFont.load_default  # Pillow's own, of a size
 
 
 def held_out(run: Path, first: bool) -> dict[str, Row]:
-    """A run's judged answers of its first or last evaluation, by row. Raises UserError."""
-    found = sorted(run.glob("held-out-*.jsonl"), key=lambda f: int(re.sub(r"\D", "", f.stem)))
-    if not found:
-        raise UserError(f"{run}: has no held-out answers")
-    return {row["name"]: row for row in files.read_jsonl(found[0 if first else -1])}
+    """A run's judged answers of its first or last evaluation, by row."""
+    step = files.read_jsonl(run / "evaluations.jsonl")[0 if first else -1]["step"]
+    return {row["name"]: row for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
 
 
 def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row]) -> str:
@@ -47,11 +41,7 @@ def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row]) ->
 
 def marks(text: str, facts: str, question: str) -> list[tuple[str, str]]:
     """A response in pieces, each with its colour: numbers by whether they are in the chart."""
-    pieces, end = [], 0
-    for a, b, grounded in thinking.quoted_numbers(split_response(text)[0], facts, question):
-        pieces += [(text[end:a], TEXT), (text[a:b], FALSE if grounded is False else TRUE)]
-        end = b
-    return [*pieces, (text[end:], TEXT)]
+    return [(part, COLOURS[kind]) for part, kind in report.mark(text, facts, question)]
 
 
 def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], pieces: list[tuple[str, str]],
