@@ -45,11 +45,9 @@ def default_folder(cfg: Config) -> str:
 
 @contextlib.contextmanager
 def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
-    """Read training and held-out rows, settle the run's length, enter and lock its folder.
-
-    If it ends before its first checkpoint, the run that it replaces is put back. Raises UserError.
-    """
-    # An exception, so that also a signal brings the run before back.
+    """Read the rows, settle the run's length, enter and lock its folder. Raises UserError."""
+    # If it ends before its first checkpoint, the run that it replaces is put back. A signal is
+    # an exception, so that it does that too.
     with signals_handled(signal.default_int_handler), contextlib.ExitStack() as stack:
         with parallel.errors_shared():
             examples, val = (data.load_data(cfg.data, split, cfg.traces, cfg.augmented, cfg.hints)
@@ -214,10 +212,7 @@ def hash_weights(folder: Path) -> list[str]:
 
 
 def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
-    """The training state; the optimiser takes its part.
-
-    Raises UserError if it is damaged, or was saved with other weights than those beside it.
-    """
+    """The training state; the optimiser takes its part. Raises UserError if it does not fit."""
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)

@@ -43,10 +43,7 @@ def one_line_parser(description: str, config: type | None = None) -> OneLinePars
 
 
 def read_flags(config: type, description: str, argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given, by field of the dataclass `config`; `--a_b` is read as `--a-b`.
-
-    A field is an `HfArg`; one of type `Literal` lists its choices. Raises UserError.
-    """
+    """The flags that were given, by the field of a dataclass that they set. Raises UserError."""
     parser = one_line_parser(description, config)
     parser.usage = "%(prog)s [flags]"
     metavars: dict[Any, str] = {int: "N", float: "F", str: "X"}
@@ -54,7 +51,7 @@ def read_flags(config: type, description: str, argv: list[str] | None) -> dict[s
         shown = "" if action.default in ("", False) else f" [{action.default}]"
         action.help = f"{action.help or ''}{shown}".replace("%", "%%")
         action.default = argparse.SUPPRESS  # a flag that is not given leaves no trace
-        action.option_strings = action.option_strings[-1:]  # what --help shows
+        action.option_strings = action.option_strings[-1:]  # --help leaves out --a_b for --a-b
         if not action.choices:
             action.metavar = metavars.get(action.type, "yes|no")
     return vars(parser.parse_args(argv))
