@@ -271,6 +271,7 @@ def test_charts_are_those_that_say_something(tmp_path: Path) -> None:
     assert titles[0] == "Accuracy"
     assert "Accuracy: sum" in titles
     assert not {"KL", "In the format"} & {*titles}  # never used, never varying
+    assert "Groups without a right response" not in titles  # the share memorized again
     assert [chart["key"] for chart in one if chart["relative"]] == []
     assert [chart["key"] for chart in two if chart["relative"]] == ["memorized", "reward"]
 
@@ -434,6 +435,11 @@ def test_a_group_says_what_it_shows() -> None:
     assert eq_2["deviation"] == pytest.approx(0.433, abs=1e-3)
     assert eq_2["advantage"] == pytest.approx(1.7317, abs=1e-3)
     assert explored["remarks"][0] == "y1 is pushed up most (+1.73), y2 down most (−0.58)."
+    assert explored["remarks"][1].endswith("0 of 1.")  # it says blue 9, where blue is 7
+    assert "itself says 9" in explored["remarks"][2]
+    assert "of 1 right responses 1 repeat it" in explored["remarks"][2]
+    helped = described(cfg | {"helper_rates": True}, group_row(7, "x", 1))
+    assert helped["remarks"] == explored["remarks"][:2]  # a helper's r_t does not go by the trace
     released = group_row(7, "x", 1)
     released["responses"][0]["advantage"] = 5.0  # not by Eq. 2, as with --released-code
     assert described(cfg, released)["equations"] == [{"kind": "switch"}]

@@ -211,18 +211,20 @@ def columns(found: list[Row], keys: list[str]) -> Row:
 
 
 def charts(runs: list[Run], shown: list[Row]) -> list[Row]:
-    """The charts that have values; one for each kind of question."""
+    """The charts that have values, one for each kind of question; none twice of one run."""
     kinds = dict.fromkeys(kind for one in shown for kind in one["kinds"])
     by_kind = [(KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
                for kind in kinds]
-    with_format, found = any(run.cfg["format_weight"] for run in runs), []
+    with_format, found, seen = any(run.cfg["format_weight"] for run in runs), [], []
     for section, title, unit, key, axis in [*CHARTS[:3], *by_kind, *CHARTS[3:]]:
         evaluated = section in (HELD_OUT, KIND)
         curves = [one["evaluations" if evaluated else "metrics"].get(key, []) for one in shown]
         values = {value for curve in curves for value in curve if value is not None}
         unused = key == "kl" or (key == "reward_format" and not with_format)
-        if not values or (unused and len(values) == 1):
+        twin = len(runs) == 1 and not evaluated and curves in seen
+        if not values or twin or (unused and len(values) == 1):
             continue
+        seen.append(curves)
         unit += " + w_f r_f" if key == "reward" and with_format else ""
         found.append({"section": section, "title": title, "unit": unit, "key": key, "axis": axis,
                       "evaluated": evaluated, "relative": False})

@@ -86,11 +86,20 @@ def remarks(cfg: Row, group: Row) -> list[str]:
             said.append(f"Had they been compared all the same, y{up + 1} would have won, with an "
                         f"advantage of {high}, though it is wrong."
                         + " That is why the switch looks at right answers only." * cfg["by_eq_6"])
+    if group["facts"] and sound:
+        count = sum(not misread(response["text"]) for response in sound)
+        said.append(f"Right responses where rules find no false number: {count} of {len(sound)}.")
     if group["facts"] and group["target"]:
         wrong = misread(group["target"], group["answer"])
         said.append(f"The reference has the true answer, but says {' and '.join(wrong)}, which the "
                     "image does not show: what is imitated here is pseudo thinking." if wrong else
                     "Rules find no false number in the reference's trace.")
+    wrong = misread(group["trace"], group["answer"])
+    if wrong and group["explores"] and cfg["thinking_weight"] and not cfg["helper_rates"]:
+        taken = sum(bool({*wrong} & {*misread(response["text"])}) for response in sound)
+        said.append(f"The trace that r_t compares with itself says {' and '.join(wrong)}, which "
+                    f"the image does not show; of {len(sound)} right responses {taken} repeat it."
+                    + " r_a, and so the switch, does not look at it." * cfg["by_eq_6"])
     return said
 
 
