@@ -43,6 +43,11 @@ def default_folder(cfg: Config) -> str:
     return f"runs/{name.replace(' ', '_')}"
 
 
+def argument(run: Path) -> str:
+    """A folder as a printed command names it: quoted, and never like a flag."""
+    return shlex.quote(f"./{run}" if str(run).startswith("-") else str(run))
+
+
 @contextlib.contextmanager
 def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
     """Read the rows, settle the run's length, enter and lock its folder. Raises UserError."""
@@ -225,7 +230,7 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
     except Exception as error:  # noqa: BLE001 - damaged files raise many kinds
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{file}: cannot be read ({reason}); a new run may start from the weights, "
-                        f"--model {shlex.quote(str(run))} --out NEW") from None
+                        f"--model {argument(run)} --out NEW") from None
 
 
 def check_weights(model: torch.nn.Module) -> None:
@@ -251,7 +256,7 @@ def print_start(cfg: Config, device: torch.device, training: int, held_out: int,
 def print_stopped(run: Path) -> None:
     """Say how to go on."""
     if parallel.is_main():
-        print(f"stopped; go on with: python dyme.py --resume --out {shlex.quote(str(run))}")
+        print(f"stopped; go on with: python dyme.py --resume --out {argument(run)}")
 
 
 SUMMARY = {"accuracy": "right and in the format", "valid_thinking": "and with valid thinking",
@@ -279,7 +284,7 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
     for name, title in SUMMARY.items():
         if None not in (before.get(name), after.get(name)):
             print(f"  {title:31} {before[name]:.3f} -> {after[name]:.3f}")
-    folder = shlex.quote(str(run))
+    folder = argument(run)
     print(f"everything is in {run}; next: python eval.py {folder}, python eval.py report {folder}")
 
 

@@ -609,6 +609,11 @@ def test_what_repeats_is_no_second_ctrl_c_and_nohup_is_respected() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_printed_command_names_any_folder() -> None:
+    named = {"runs/a": "runs/a", "my run": "'my run'", "-x": "./-x", "-x y": "'./-x y'"}
+    assert {name: run_folders.argument(Path(name)) for name in named} == named
+
+
 def test_what_goes_wrong_is_told_once(runs: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(run_folders, "TOLD", set())
     step = {"accuracy": 0.0, "truncated": 0.75}
