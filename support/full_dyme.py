@@ -98,15 +98,10 @@ CHATTER = re.compile(r"(?i)(((sure|certainly|of course|absolutely|okay)([^\n:.!]
 MARKS = " \t\n*_#>`-"  # of Markdown
 
 
-def clean(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold but no file, request or tokenizer takes."""
-    return text.encode(errors="replace").decode()
-
-
 def without_thinking(reply: str) -> str:
     """What a thinking model says after its thinking; empty if it does not get that far."""
     reply = re.sub(rf"(?is)^.*[<\[]/{THINKING}[>\]]", "", reply)
-    return "" if re.search(rf"(?i)[<\[]{THINKING}[>\]]", reply) else clean(reply).strip()
+    return "" if re.search(rf"(?i)[<\[]{THINKING}[>\]]", reply) else reply.strip()
 
 
 def parse_rating(reply: str) -> float | None:
@@ -137,7 +132,6 @@ def parse_trace(reply: str, example: Example) -> str:
 
 # ---- Whom it is asked ----------------------------------------------------------------------------
 
-REPLY_LIMIT = 2**20  # bytes
 PATIENCE = 20.0  # seconds to wait if a server asks for time; if it asks for more, Pure DyME goes on
 ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}  # by finish_reason
 
@@ -158,14 +152,15 @@ class Helper:
         self.url, self.model, self.key, self.reason = url.rstrip("/"), model, key, ""
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row, self.resumes = 0, 0.0
-        self.refused: set[str] = set()  # settings that the server does not take
+        # As the server takes them: some refuse a name, or a temperature.
+        self.limit, self.sampling = "max_tokens", {"temperature": 0.0}
         self.file = folder / "helper.jsonl" if folder else None
         rows = files.read_jsonl(self.file) if self.file else []
-        self.known = {row.get("key"): clean(str(row.get("reply", ""))) for row in rows}
+        self.known = {row.get("key"): str(row.get("reply", "")) for row in rows}
         self.pending: dict[str, asyncio.Task[str | None]] = {}  # requests on their way
         # Without a key of its own the server gets "none", never a token that lies about for the
         # hub. Redirects, which would carry the key to another server, are not followed.
-        headers = {"Authorization": f"Bearer {key or 'none'}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {key or 'none'}"}
         self.client = httpx.AsyncClient(headers=headers, timeout=None)
         self.loop, self.slots = asyncio.new_event_loop(), asyncio.Semaphore(concurrency)
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -203,66 +198,63 @@ class Helper:
         return self.known.get(key, "")
 
     async def send(self, content: str | list[Any], tokens: int) -> str | None:
-        """Send a request, again after errors that may pass; "" if cut off, None if it fails."""
-        attempt, began = 0, 0.0
-        while True:
-            limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
-            body = {"model": self.model, "messages": [{"role": "user", "content": content}],
-                    limit: tokens, "temperature": 0.0}
-            if "temperature" in self.refused:
-                del body["temperature"]
-            async with self.slots:
-                pause = self.resumes - time.monotonic()
-                if pause > PATIENCE:
-                    return None
-                await asyncio.sleep(pause)
-                began = began or time.monotonic()
-                self.counts["helper_calls"] += 1
-                status, said = await self.exchange(body)
+        """Send a request, within the deadline; "" if the reply is cut off, None if it fails."""
+        try:
+            # The socket's own timeout would begin anew with every byte that drips.
+            async with self.slots, asyncio.timeout(self.timeout):
+                return await self.insist(content, tokens)
+        except TimeoutError:
+            self.note_failure(f"no whole reply within {self.timeout:g} s")
+            return None
+
+    async def insist(self, content: str | list[Any], tokens: int) -> str | None:
+        """What `send` gives, without a deadline: a request goes out again after a passing error."""
+        for tried in range(self.attempts):
+            pause = self.resumes - time.monotonic()
+            if pause > PATIENCE:
+                return None
+            await asyncio.sleep(max(pause, 0.2 * 4 ** (tried - 1) if tried else 0.0))
+            status, said = await self.exchange(content, tokens)
             reply = self.read(said) if status == 200 else None
             if reply is not None:
                 self.failed_in_a_row = 0
                 return reply
-            hint = "should --helper-url end in /v1? " * (status == 404 and "/v1" not in self.url)
-            self.reason = self.one_line(f"HTTP {status}: {hint}{said}" if status else said)
-            if status in (400, 422):  # a context smaller than asked, or a setting refused by name
-                if tokens > 64 and re.search("context|too large|at most", said):
-                    tokens //= 2
-                    continue
-                if new := {n for n in ("max_tokens", "temperature") if n in said and n in body}:
-                    self.refused |= new
-                    continue
-            attempt += 1
-            final = 300 <= status < 500 and status not in (408, 425, 429)
-            if final or attempt == self.attempts or time.monotonic() > began + self.timeout:
-                self.note_failure()
-                return None
-            await asyncio.sleep(0.2 * 4 ** (attempt - 1))
+            if 300 <= status < 500 and status not in (408, 425, 429):
+                break
+        hint = "should --helper-url end in /v1? " * (status == 404 and "/v1" not in self.url)
+        self.note_failure(f"HTTP {status}: {hint}{said}" if status else said)
+        return None
 
-    async def exchange(self, body: dict[str, Any]) -> tuple[int, str]:
-        """Send a request: the status and what was said; 0 and the fault if no reply came."""
-        sent, raw = clean(json.dumps(body, ensure_ascii=False)), b""
-        try:
-            # The socket's own timeout would begin anew with every byte that drips.
-            async with (asyncio.timeout(self.timeout), self.client.stream(
-                    "POST", f"{self.url}/chat/completions", content=sent) as response):
-                async for part in response.aiter_bytes():
-                    raw += part
-                    if len(raw) > REPLY_LIMIT:
-                        return 0, f"a reply of more than {REPLY_LIMIT} bytes"
-                wait = response.headers.get("Retry-After", "")  # seconds; a date is not read
-                if wait.isdecimal():
-                    self.resumes = max(self.resumes, time.monotonic() + float(wait))
-                return response.status_code, raw.decode(errors="replace")
-        except TimeoutError:
-            return 0, f"no whole reply within {self.timeout:g} s"
-        except Exception as error:  # connections fail in many ways, and all mean the same here
-            return 0, f"{type(error).__name__}: {error}"
+    async def exchange(self, content: str | list[Any], tokens: int) -> tuple[int, str]:
+        """The status of a reply and what it says; 0 and the fault if none came."""
+        while True:
+            body = {"model": self.model, "messages": [{"role": "user", "content": content}],
+                    self.limit: tokens} | self.sampling
+            self.counts["helper_calls"] += 1
+            try:
+                response = await self.client.post(f"{self.url}/chat/completions", json=body)
+            except Exception as error:  # connections fail in many ways, and all mean the same here
+                return 0, f"{type(error).__name__}: {error}"
+            status, said = response.status_code, response.text
+            wait = response.headers.get("Retry-After", "")  # seconds; a date is not read
+            if wait.isdecimal():
+                self.resumes = max(self.resumes, time.monotonic() + float(wait))
+            if status not in (400, 422):
+                return status, said
+            # A context smaller than asked, or a setting refused by name?
+            if tokens > 64 and re.search("context|too large|at most", said):
+                tokens //= 2
+            elif "max_tokens" in body and "max_tokens" in said:
+                self.limit = "max_completion_tokens"
+            elif "temperature" in body and "temperature" in said:
+                self.sampling = {}
+            else:
+                return status, said
 
     def read(self, said: str) -> str | None:
         """The reply in a server's JSON; empty if it was cut off, None if there is none."""
         try:
-            choice = json.loads(said)["choices"][0]
+            choice = data.parse_json(said)["choices"][0]
             text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
             reply = without_thinking(text)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -273,8 +265,9 @@ class Helper:
         self.reason = self.one_line(f"cut off{begun} (finish_reason {finish}): {text}")
         return ""
 
-    def note_failure(self) -> None:
+    def note_failure(self, reason: str) -> None:
         """After four failures in a row ask for nothing for a while, each time for longer."""
+        self.reason = self.one_line(reason)
         self.failed_in_a_row += 1
         if self.failed_in_a_row % 4 == 0 and time.monotonic() >= self.resumes:
             pause = min(self.pause * 2 ** (self.failed_in_a_row // 4 - 1), 3600.0)
@@ -337,7 +330,7 @@ class Supervision:
 
     async def rate(self, example: Example, response: str) -> float | None:
         """The checker: the thinking's rating as 0, 0.5 or 1, None if there is none to be had."""
-        said = clean(split_response(response)[0])
+        said, _ = split_response(response)
         # A response cannot contain its own hash, so it cannot climb over this fence.
         fence = f"[{hashlib.sha256(said.encode()).hexdigest()[:16]}]"
         reply = await self.ask(CHECK_REQUEST, RATING_TOKENS, example, thinking=said, fence=fence)
