@@ -9,14 +9,13 @@ from torch import Tensor
 
 import dyme
 from dyme import Sequence, Step, Trainer
+from reward import Example
 from support import parallel
-
-Change = Callable[[Step], list[Sequence]]
 
 
 def attach(trainer: Trainer) -> None:
     """Give a trainer the switch of `--switch`, and the weights of `--released-code`."""
-    cfg, changes = trainer.cfg, list[Change]()
+    cfg = trainer.cfg
     rule, _, value = cfg.switch.partition(":")
     if rule in ("explore", "anneal", "budget"):
         trainer.switch = dyme.always_explore
@@ -24,25 +23,23 @@ def attach(trainer: Trainer) -> None:
         trainer.switch = lambda r_a, r_t: torch.zeros(len(r_a), dtype=torch.bool)
     if rule == "threshold":
         trainer.switch = threshold(float(value), cfg.thinking_weight)
-    if rule == "anneal":
-        changes.append(lambda record: anneal(trainer, record))
-    if rule == "budget":
-        changes.append(lambda record: memorize_failures(trainer, record, int(value)))
     if cfg.released_code:
         trainer.advantages = released_advantages
-        changes.append(lambda record: released_weights(record, cfg.generations))
 
     def weigh(record: Step) -> list[Sequence]:
-        for change in changes:
-            record.sequences = change(record)
+        if rule == "anneal":
+            record.sequences += anneal(trainer, record)
+        if rule == "budget":
+            record.sequences = memorize_failures(trainer, record, int(value))
+        if cfg.released_code:
+            weigh_as_released(record, cfg.generations)
         return record.sequences
 
     trainer.weigh = weigh
 
 
 def threshold(least: float, thinking_weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """`--switch threshold:T`: all explore once the batch's mean reward, from 0 to 1, is at least T.
-    """
+    """`--switch threshold:T`: explore once the batch's mean reward, from 0 to 1, is at least T."""
 
     def switch(r_a: Tensor, r_t: Tensor) -> Tensor:
         rewards = (r_a + thinking_weight * r_t) / (1 + thinking_weight)
@@ -53,14 +50,17 @@ def threshold(least: float, thinking_weight: float) -> Callable[[Tensor, Tensor]
     return switch
 
 
+def targets(trainer: Trainer, examples: list[Example], weight: float) -> list[Sequence]:
+    """What is memorized of each example."""
+    return [Sequence(i, dyme.target_ids(trainer.policy, example), weight, False)
+            for i, example in enumerate(examples)]
+
+
 def anneal(trainer: Trainer, record: Step) -> list[Sequence]:
     """`--switch anneal`: beside exploration every target, weighted by a cosine from 1 to 0."""
     weight = (1 + math.cos(math.pi * record.step / trainer.cfg.steps)) / 2 / trainer.cfg.prompts
-    targets = []
-    for i, example in enumerate(record.examples):
-        ids = dyme.target_ids(trainer.policy, replace(example, trace=trainer.trace(example)))
-        targets.append(Sequence(i, ids, weight, False))
-    return record.sequences + targets
+    examples = [replace(example, trace=trainer.trace(example)) for example in record.examples]
+    return targets(trainer, examples, weight)
 
 
 def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequence]:
@@ -79,10 +79,7 @@ def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequenc
     record.examples, record.inputs = batch, dyme.encoded(trainer, batch, None)
     record.explore = torch.zeros(len(batch), dtype=torch.bool)
     record.responses = []
-    targets = []
-    for i, example in enumerate(batch):
-        targets.append(Sequence(i, dyme.target_ids(trainer.policy, example), 1 / size, False))
-    return targets
+    return targets(trainer, batch, 1 / size)
 
 
 def released_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
@@ -91,15 +88,10 @@ def released_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return advantages.masked_fill(dyme.no_variance(rewards)[:, None], 0.0)
 
 
-def released_weights(record: Step, generations: int) -> list[Sequence]:
-    """As in the release, a group that is all right is dropped, and a target weighs 1/K of a prompt.
-
-    (It stands in the place of one of K responses.)
-    """
-    sequences = []
+def weigh_as_released(record: Step, generations: int) -> None:
+    """Drop groups that are all right; a target, which replaces one of K responses, weighs 1/K."""
     for s in record.sequences:
-        if s.explore and (record.r_a[s.prompt] == 1).all():
-            sequences.append(replace(s, weight=0.0))
-        else:
-            sequences.append(s if s.explore else replace(s, weight=s.weight / generations))
-    return sequences
+        if not s.explore:
+            s.weight /= generations
+        elif (record.r_a[s.prompt] == 1).all():
+            s.weight = 0.0
