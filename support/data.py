@@ -43,8 +43,11 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     if is_made(data):
         return importlib.import_module("support.sums").make_examples(data, split, traces)
     try:
-        examples, groups, skipped = (
-            read_own(Path(data)) if own else read_published(data, split, augmented))
+        if own:
+            examples, groups, skipped = read_own(Path(data))
+        else:
+            domains = importlib.import_module("support.domains")
+            examples, groups, skipped = domains.read(data, split, augmented)
     except (OSError, zipfile.BadZipFile) as error:  # no permission, say
         raise UserError(f"--data {data}: cannot be read ({error})") from None
     if not examples:
@@ -79,16 +82,6 @@ def name_of(data: str) -> str:
     """A short name of what `data` names, for the run folder."""
     domain = re.match(r"(\w\w+):", data)
     return domain[1] if domain else Path(data).stem
-
-
-def read_published(data: str, split: str, augmented: bool) -> Rows:
-    """Read a split of a domain, or of ChartQA. Raises UserError if it is not there."""
-    domains = importlib.import_module("support.domains")
-    if data.partition(":")[0] not in domains.DOMAINS:
-        return importlib.import_module("support.chartqa").read(data, split, augmented)
-    if augmented:
-        raise UserError("--augmented belongs to ChartQA data")
-    return domains.read(data, split)
 
 
 def hold_back(examples: list[Example], groups: list[str], split: str, data: str) -> list[Example]:
@@ -166,8 +159,6 @@ LIKE_A_TRACE = "(?i)rationale|reason|cot|chain|solution|think|thought|trace|expl
 def read_own(path: Path) -> Rows:
     """Read your own rows; those of an image stay together. Raises UserError naming a bad row."""
     found = parse_rows(path)
-    if not found:
-        raise UserError(f"{path}: holds no list of rows")
     examples = [own_row(row, path.parent, f"{path} {place}") for place, row in found]
     unread = {key for _, row in found if not (row.get("trace") or row.get("hint"))
               for key in row if re.match(LIKE_A_TRACE, key)} - {"trace", "hint"}

@@ -1,6 +1,7 @@
 """Published data sets: how rows are read and answers checked; traces for them (`--hints`)."""
 
 import functools
+import importlib
 import re
 import zipfile
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 
 import reward
 from reward import Example
@@ -26,15 +27,19 @@ class Domain:
     hub: tuple[str, ...] = ()  # data set id and files, where they can be downloaded
 
 
-def read(source: str, split: str) -> data.Rows:
-    """Read a split of a domain. Raises UserError naming the file, or the page to get it from."""
+def read(source: str, split: str, augmented: bool) -> data.Rows:
+    """Read a split of a domain, or of ChartQA. Raises UserError naming what is not there."""
     name, _, folder = source.partition(":")
+    if name not in DOMAINS:
+        return importlib.import_module("support.chartqa").read(source, split, augmented)
+    if augmented:
+        raise UserError("--augmented belongs to ChartQA data")
     domain = DOMAINS[name]
     part = "train" if split == "val" and "val" not in domain.files else split
     if part not in domain.files:
         raise UserError(f"--data {source}: has no {split} split (it has {', '.join(domain.files)})")
     advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
-    root = Path(folder) if folder else download(name, domain.hub, advice).parent
+    root = Path(folder) if folder else download(name, domain.hub, advice)
     found = sorted(root.glob(domain.files[part]))
     if not found:
         raise UserError(f"--data {source}: no file {domain.files[part]} there; {advice}")
@@ -63,12 +68,12 @@ def read_usable(file: Any, make: Callable[[Any, str], Example | None]
 
 
 def download(name: str, hub: tuple[str, ...], advice: str, revision: str | None = None) -> Path:
-    """Fetch files from the hub, or find them where it put them before; the path of the first."""
+    """Fetch files from the hub, or find them where it put them before; their folder."""
     if not hub:
         raise UserError(f"--data {name}: cannot be downloaded from here; {advice}")
     try:
-        return [Path(hf_hub_download(hub[0], file, repo_type="dataset", revision=revision))
-                for file in hub[1:]][0]
+        return Path(snapshot_download(hub[0], repo_type="dataset", revision=revision,
+                                      allow_patterns=[*hub[1:]]))
     except Exception as error:  # noqa: BLE001 - the client raises many kinds, alike to the user
         raise UserError(f"--data {name}: {hub[0]} cannot be downloaded ({type(error).__name__}); "
                         f"{advice} (HF_HUB_OFFLINE=1 takes what is here already)") from None
