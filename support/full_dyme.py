@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -31,8 +31,6 @@ try:
     import httpx2 as httpx  # huggingface_hub 2 brings it along ...
 except ImportError:
     import httpx  # type: ignore[no-redef]  # ... and huggingface_hub 1 this one
-
-T = TypeVar("T")
 
 # ---- What is asked -------------------------------------------------------------------------------
 
@@ -137,18 +135,15 @@ ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}  # by finish_r
 
 
 class Helper:
-    """A chat model behind an OpenAI-compatible server, asked `concurrency` things at a time.
-
-    One thread sends all requests from an event loop, so that any of them can be given up.
-    """
+    """A chat model behind an OpenAI-compatible server, asked `concurrency` things at a time."""
 
     timeout, attempts, pause = 120.0, 3, 60.0  # seconds for a request, tries, seconds to leave it
 
     def __init__(self, url: str, model: str, key: str = "", concurrency: int = 8,
                  folder: Path | None = None) -> None:
         if re.search("[@?#]", url):  # the address is kept and printed
-            raise UserError("--helper-url: has a password or query in it; --helper-key-env takes "
-                            "the name of an environment variable that holds the key")
+            raise UserError("--helper-url: has a password or query in it; a key belongs into an "
+                            "environment variable (--helper-key-env)")
         self.url, self.model, self.key, self.reason = url.rstrip("/"), model, key, ""
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row, self.resumes = 0, 0.0
@@ -162,10 +157,12 @@ class Helper:
         # hub. Redirects, which would carry the key to another server, are not followed.
         headers = {"Authorization": f"Bearer {key or 'none'}"}
         self.client = httpx.AsyncClient(headers=headers, timeout=None)
-        self.loop, self.slots = asyncio.new_event_loop(), asyncio.Semaphore(concurrency)
+        self.slots = asyncio.Semaphore(concurrency)
+        # One thread sends all requests, from a loop, so that any of them can be given up.
+        self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
-    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Let the event loop work on something."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
@@ -289,8 +286,7 @@ def read_key(variable: str) -> str:
     """The key in an environment variable, stripped. Raises UserError if it is broken."""
     key = os.environ.get(variable, "").strip()
     if variable and not re.fullmatch("[!-~]+", key):  # printable ASCII: headers hold nothing else
-        raise UserError(f"--helper-key-env {variable}: there is no such variable, or no key in it, "
-                        "or a space, line break or letter that no key can have")
+        raise UserError(f"--helper-key-env {variable}: has no key, or letters that none can have")
     return key
 
 
@@ -340,8 +336,8 @@ class Supervision:
 
     async def refine(self, example: Example) -> str:
         """The refiner: a trace that can be memorized and is true by the facts; empty if none."""
-        before = example.trace or "none"
-        reply = await self.ask(REFINE_REQUEST, TRACE_TOKENS, example, trace=before)
+        reply = await self.ask(
+            REFINE_REQUEST, TRACE_TOKENS, example, trace=example.trace or "none")
         trace = parse_trace(reply, example)
         refined = replace(example, trace=trace, facts=await self.facts(example))
         response = reference_response(refined)
@@ -412,13 +408,11 @@ def attach(trainer: dyme.Trainer) -> None:
     cfg = trainer.cfg
     helper = Helper(cfg.helper_url, cfg.helper_model, read_key(cfg.helper_key_env),
                     cfg.helper_concurrency, Path(cfg.out))
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(helper.close)
-        supervision = Supervision(trainer, helper)
-        if not cfg.no_checker:
-            supervision.try_out("checker", supervision.rate(TRIAL, reference_response(TRIAL)))
-        if not cfg.no_refiner:
-            supervision.try_out("refiner", supervision.refine(TRIAL))
-        trainer.closing.push(on_error.pop_all())
+    trainer.closing.callback(helper.close)
+    supervision = Supervision(trainer, helper)
+    if not cfg.no_checker:
+        supervision.try_out("checker", supervision.rate(TRIAL, reference_response(TRIAL)))
+    if not cfg.no_refiner:
+        supervision.try_out("refiner", supervision.refine(TRIAL))
     trainer.judge, trainer.trace = supervision.judge, supervision.trace
     trainer.totals = supervision.totals
