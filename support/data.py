@@ -11,7 +11,6 @@ import math
 import re
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -107,8 +106,7 @@ def read_text(file: Any, errors: str = "strict") -> str:
     """The text of a UTF-8 file, on disk or in a zip. Raises UserError naming it."""
     try:
         return file.read_bytes().decode("utf-8-sig", errors)
-    # In a zip, encryption is a RuntimeError.
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # noqa: BLE001 - zips raise many kinds, alike to the user
         raise UserError(f"{file}: cannot be read ({error})") from None
 
 
@@ -151,8 +149,6 @@ def visible(text: Any) -> bool:
 # Unknown fields are ignored, but for those that are likely to stand for one that is read.
 SLIPS = {"img": "image", "images": "image", "picture": "image", "image_path": "image",
          "hints": "trace", "fact": "facts"}
-
-
 LIKE_A_TRACE = "(?i)rationale|reason|cot|chain|solution|think|thought|trace|expla|steps|analy"
 
 
@@ -239,11 +235,7 @@ def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
 
 def check_references(examples: list[Example], policy: "Policy",
                      length: Callable[[Example], int]) -> list[Example]:
-    """The rows, less traces too long to imitate, which it says.
-
-    `length` is that of prompt and reference in tokens. Raises UserError if an answer is too long,
-    or a question holds what stands for a picture.
-    """
+    """The rows, less traces too long to imitate, by `length` in tokens. Raises UserError."""
     limit, kept, short = policy.context, list[Example](), list[str]()
     picture = getattr(policy.processor, "image_token", None)
     for example in examples:

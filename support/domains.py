@@ -98,15 +98,13 @@ def open_zip(file: Path) -> tuple[zipfile.Path, ...]:
 
 
 def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
-    """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right.
-
-    *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
-    target (the correct choice, if it is a direct answer) and the trace are the release's.
-    """
+    """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right."""
     keys = ("direct_answers", "choices", "rationales")
     answers, choices, rationales = (read_list(row, key) for key in keys)
     said = Counter(map(reward.plain, answers))
     difficult = bool(row.get("difficult_direct_answer"))
+    # *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
+    # target (the correct choice, if it is a direct answer) and the trace are the release's.
     scores: dict[str, Callable[[str], Any]] = {
         "official": lambda given: None if difficult else min(said[reward.plain(given)] / 3, 1.0),
         "any_match": lambda given: float(reward.plain(given) in said)}
@@ -132,15 +130,13 @@ def read_list(row: dict[str, Any], key: str) -> list[str]:
 
 
 def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
-    """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by their words.
-
-    *official* is, for open ones, the published recall of words; right (r_a) are all and no others.
-    """
+    """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by words."""
     if row["q_lang"] != "en":
         return None
     answer, closed = row["answer"], row["answer_type"] == "CLOSED"
 
     def official(given: str) -> float:
+        # Published is, for open questions, the recall of words; r_a also wants no other words.
         words, said = (set(re.findall(r"\w+", text.lower())) for text in (answer, given))
         if closed or not words:  # "+" has no word
             return float(reward.plain(given) == reward.plain(answer))
@@ -230,16 +226,14 @@ LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+
 
 
 def letters(text: str, choices: dict[str, Quantity], unlisted: bool = False) -> set[str]:
-    """The letters that a whole answer consists of: C; C and D; C (140°), if that is its value.
-
-    Where the question lists no choices (`unlisted`), any value may stand beside a letter.
-    """
+    """The letters that a whole answer consists of: C; C and D; C (140°), if that is its value."""
     text = reward.strip_answer(text)
     text = text.upper() if len(text) == 1 else text
     if re.fullmatch(r"(?:[\s,;&().]*(?:and )?\b[A-H]\b)+[\s,;&().]*", text):
         return set(re.findall(r"\b[A-H]\b", text))
     match = re.fullmatch(r"\(?([A-H])\)?(?:\s*[:.,)=-]|\s*(?=\())\s*(.+)", text)
     fits = match and match[1] in choices and same(quantity(match[2]), choices[match[1]])
+    # Where the question lists no choices, any value may stand beside a letter.
     return {match[1]} if match and (fits or unlisted) else set()
 
 
@@ -284,10 +278,7 @@ def same(given: Quantity, target: Quantity) -> bool:
 
 
 def join(examples: list[Example], file: str) -> list[Example]:
-    """The rows that have a trace in a file, with it (as in Table S1). Raises UserError.
-
-    Of several for one question and answer (of other images) a row takes the one it has, or none.
-    """
+    """The rows that have a trace in a file, with it (as in Table S1). Raises UserError."""
     traces: dict[tuple[str, str], dict[str, str | None]] = {}
     for place, row in data.parse_rows(Path(file)):
         try:
@@ -306,6 +297,7 @@ def join(examples: list[Example], file: str) -> list[Example]:
     for example in examples:
         found = traces.get(key(example.question, example.answer), {})
         own = (example.trace or "").strip()
+        # Of several (for other images) a row takes the one that it has already, or none.
         for trace, facts in found.items():
             if len(found) == 1 or trace == own:
                 joined.append(replace(example, trace=trace, facts=facts or example.facts))

@@ -40,10 +40,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(final: Path) -> Iterator[Path]:
-    """Give a new folder to fill, which then takes the place of `final`.
-
-    Raises UserError if the disk fails; `final` is as it was then.
-    """
+    """Give a folder to fill that then replaces `final`; a UserError leaves `final` as it was."""
     new, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
         remove(new)
