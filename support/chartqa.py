@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import reward
@@ -51,6 +51,8 @@ def find(name: str) -> Any:
 def chart_example(part: Any, kind: str, row: dict[str, Any], name: str) -> Example:
     """One question about a chart. Raises ValueError or UserError if it cannot be used."""
     image, question, answer = row["imgname"], row["query"].strip(), row["label"].strip()
+    if PurePosixPath(image).name != image or "\\" in image:
+        raise ValueError(f"the image name {image!r} points outside its folder")
     opener = data.image_opener(part / "png" / image, name)
     table = read_table(part / "tables" / f"{Path(image).stem}.csv")
     return Example(question, answer, opener, chart_trace(table, question, answer),

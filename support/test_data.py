@@ -350,7 +350,8 @@ def test_chartqa_without_val_holds_images_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"query": None}, "has no attribute"), ({"imgname": "none.png"}, "missing or unreadable"),
+    ({"imgname": "../../secret.png"}, "outside its folder"), ({"query": None}, "has no attribute"),
+    ({"imgname": "none.png"}, "missing or unreadable"),
     ({"label": " "}, "expected a string as answer, got ''"),
 ])
 def test_chartqa_rows_that_cannot_be_used_are_skipped_and_told_once(
