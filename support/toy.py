@@ -202,7 +202,7 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
 
     They read bars or calculate, never both, in other words than the traces; a share `flagged` has
     the flag. No chart is one of the toy's own. In three of ten two bars are equally high, so that
-    the base can read such charts; the toy's own questions never show them.
+    the base can read such charts; the toy's own have none.
     """
     rng = np.random.default_rng([3, seed])
     reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}
@@ -211,8 +211,9 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
         if rng.random() < 0.3:
             a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
             chart.values[a] = chart.values[b]
-            if chart.values[a] in (max(chart.values.values()), min(chart.values.values())):
-                kind = "value"  # no one bar is the tallest, or the shortest
+            extreme = max if kind == "tallest" else min
+            if chart.values[a] == extreme(chart.values.values()):
+                kind = "value"  # two bars are the tallest, or the shortest
         task = rng.random()
         if task < 0.3:
             question, response, answer = calculation_lesson(rng)
