@@ -218,7 +218,7 @@ def test_false_equations_are_read(text: str) -> None:
     "2 hours = 120 minutes", "half of 60 is 60/2 of it", "3 + 4 = 7x", "1/2 (68) + 10 = 44",
     "4 + 7 = eleven hundred"])
 def test_what_is_no_equation_or_cannot_be_read_is_not_called_false(text: str) -> None:
-    assert not [e for e in equations(text) if not e.true]
+    assert not [e for e in equations(text) if e.true is False]
 
 
 @pytest.mark.parametrize("text, grounded", [

@@ -56,15 +56,14 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     # Combinations that training never shows count in figures of their own.
     new = [row for row in every if is_new(row["source"])]
     rows = [row for row in every if not is_new(row["source"])] or new
-    summary = {key: mean(key, rows) for key in ("accuracy", "any_format", "official")}
-    if any(sources.keys() <= part for part in PARTS):
-        parts = {f"official_{name}": mean("official", own) or 0.0
-                 for name, own in sorted(sources.items())}
-        summary["official"] = sum(parts.values()) / len(parts)
-        summary |= parts if len(parts) > 1 else {}
     own = dict.fromkeys(name for row in predictions for name in row["scores"])  # of a data set
-    for key in (*own, "valid_thinking", "in_format", "finished", "length"):
-        summary[key] = mean(key, rows)
+    keys = ("accuracy", "any_format", "official", *own, "valid_thinking", "in_format", "finished",
+            "length")
+    summary = {key: mean(key, rows) for key in keys}
+    if sources.keys() in PARTS:
+        parts = {f"official_{name}": mean("official", part) or 0.0
+                 for name, part in sorted(sources.items())}
+        summary |= parts | {"official": sum(parts.values()) / len(parts)}
     judged = [r["valid_thinking"] is not None for r in rows if r["thinking_fault"] is not None]
     summary["thinking_judged"] = sum(judged) / len(judged) if judged else None
     grounded, quoted = (sum(r[f"{key}_numbers"] for r in rows) for key in ("grounded", "quoted"))
@@ -103,7 +102,7 @@ def groundedness(thinking: str, facts: str, question: str = "") -> tuple[int, in
 def thinking_fault(response: str, example: Example) -> str:
     """What rules find wrong by the facts: "" if valid, "not judged: ..." if they cannot know."""
     (thinking, answers), facts = split_response(response), example.facts or ""
-    found, quoted = _relations(thinking), quoted_numbers(thinking, facts, example.question)
+    found, quoted = equations(thinking), quoted_numbers(thinking, facts, example.question)
     for false in [e.text for e in found if e.true is False] + _false_comparisons(thinking):
         return f"{false} is false"
     for start, end in [(a, b) for a, b, grounded in quoted if grounded is False]:
@@ -273,13 +272,13 @@ def quoted_numbers(thinking: str, facts: str,
     Beside a name of the facts it must be that name's; else among the facts, or derived in signs or
     words; None if it may follow but no word says so. The question's, steps and counts do not count.
     """
-    text, equations = _typed(thinking), _relations(thinking)
+    text, written = _typed(thinking), equations(thinking)
     readings, many = _readings(text, facts), len(read_facts(facts)[0])
     known = {round(value, digits) for value in _values(_typed(facts), SIGNED)
              for digits in (0, 1, 2, 6)}
     given = {*_values(question)} - {abs(value) for value in known}
-    known |= _derived(equations, {abs(value) for value in known} | given, many)
-    places = {i: e for span, e in {e.span: e for e in equations}.items() for i in range(*span)}
+    known |= _derived(written, {abs(value) for value in known} | given, many)
+    places = {i: e for e in written for i in range(*e.span)}
     found: list[tuple[int, int, bool | None]] = []
     recent: tuple[float, ...] = ()
     for m in re.finditer(SIGNED, text):
@@ -333,11 +332,6 @@ class Equation:
     span: tuple[int, int]
 
 
-def equations(thinking: str) -> list[Equation]:
-    """Find `expression = number` in a trace, as far as it can be read; linear in its length."""
-    return [equation for equation in _relations(thinking) if equation.true is not None]
-
-
 # What makes text calculation: operators as signs, no units; apart are list commas and full stops.
 UNIT = (r"(?:/ ?[a-z]{2,}| \([a-z ]{1,30}\)"
         r"| (?!(?:and|so|of|because|which|that|if|or|as|is|are|gives)\b)[a-z]{2,})")
@@ -358,7 +352,8 @@ BEFORE = r"(?:[\w)%] *- *(?:[a-z]+ )?|[*/+^@][ ;]*(?:[a-z]+ )?|\d[:;]|\) +).$|\d
 
 
 @lru_cache(maxsize=4)  # judging one response asks for them three times
-def _relations(thinking: str) -> list[Equation]:
+def equations(thinking: str) -> list[Equation]:
+    """Find `expression = number` in a trace; linear in its length."""
     text, found, in_chain = _typed(thinking), [], False
     for pattern, sign in CALCULATION.items():
         text = _padded(pattern, sign, text)
