@@ -19,6 +19,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,19 +40,16 @@ from dyme import Inputs, Model, Policy, Prefix, Response, Samples, Sequence
 
 def speed_up(policy: Policy) -> Policy:
     """The same policy, faster; as it is where its model does something that is not known here."""
-    model = policy.model
+    model, faster = policy.model, replace(policy, rollout=rollout, logprobs=sequence_logprobs)
     if hasattr(model, "sped_up"):
-        return replace(policy, rollout=rollout, logprobs=sequence_logprobs)
+        return faster
     config = model.config.get_text_config()
-    before, others = config._attn_implementation, {*(getattr(config, "layer_types", None) or [])}
-    faster = replace(policy, rollout=rollout, logprobs=sequence_logprobs)
+    before, kinds = config._attn_implementation, {*(getattr(config, "layer_types", None) or [])}
     try:
         expected = trial_logprobs(policy)
         use_grouped_attention(model)
-        if others - {"full_attention"}:
-            raise NotImplementedError(f"layers of {', '.join(sorted(others))}")
-        if not others and getattr(config, "sliding_window", None):
-            raise NotImplementedError(f"a window of {config.sliding_window} tokens")
+        if kinds - {"full_attention"} or not kinds and getattr(config, "sliding_window", None):
+            raise NotImplementedError("layers without full attention")
         difference = (trial_logprobs(faster) - expected).abs().max().item()
         if not difference < 0.05:
             raise ArithmeticError(f"log-probs differ by {difference:.2g}")
@@ -115,7 +113,8 @@ def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list
     decoder = Decoder(model, prefixes, uniforms, end_ids, pad_id, temperature)
     step, on_cuda = decoder.step, uniforms.is_cuda
     block = 128 if on_cuda else 1  # tokens by which attention is widened at a time
-    decoder.choose()  # the first token is predicted by the prompt itself
+    logits = dyme.next_logits(model, decoder.prefix.hidden)  # (P, V)
+    decoder.choose(logits.repeat_interleave(decoder.K, 0))  # the prompt predicts the first token
     for i in range(1, uniforms.shape[1]):
         # Asking whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
         if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
@@ -146,48 +145,37 @@ class Decoder:
         self.K = N // self.P
         self.model, self.uniforms = model, uniforms
         self.temperature, self.pad_id = temperature, pad_id
-        self.end_ids = torch.tensor(end_ids, device=device)
+        self.end_ids = torch.tensor(end_ids, dtype=torch.long, device=device)
 
         # Token `t` of every response is the newest. Response k keeps its token t in column
         # t K + k after the longest prompt. The last token is never fed back, hence T - 1.
-        room = self.K * (T - 1)
         self.longest = max(prefix.mask.shape[1] for prefix in prefixes)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
-        self.columns = torch.arange(self.K, device=device)
-        self.slots = self.columns + self.longest  # the same columns, counted in the cache
-        self.prefix = merge(prefixes, room, self.slots)
-        self.visible = torch.zeros(self.P, self.K, room, dtype=torch.bool, device=device)
-        itself = torch.eye(self.K, dtype=torch.bool, device=device)
-        self.itself = itself.expand(self.P, -1, -1)
+        self.columns = torch.arange(self.K * (T - 1), device=device)
+        first = torch.arange(self.K, device=device)
+        self.own = self.columns % self.K == first[:, None]  # (K, K (T - 1)): whose each column is
+        self.slots = self.longest + first  # where the cache keeps token t
+        self.prefix = merge(prefixes, len(self.columns), self.slots)
 
         self.ids = torch.full((N, T), pad_id, device=device)
-        self.mask = torch.zeros(N, T, dtype=torch.long, device=device)
         self.entropy = torch.zeros(N, T, device=device)
-        self.alive = torch.ones(N, dtype=torch.bool, device=device)
-        self.finished = Samples(self.ids.clone(), self.mask.clone(), self.entropy.clone(),
-                                torch.zeros_like(self.alive))
-        self.rows = torch.arange(N, device=device)  # of all responses, those still in the buffers
-        logits = dyme.next_logits(model, self.prefix.hidden)  # (P, V)
-        self.logits = logits.repeat_interleave(self.K, 0)  # (N, V)
+        self.rows = torch.arange(N, device=device)  # the responses that are still sampled
+        self.alive = torch.ones(N, dtype=torch.bool, device=device)  # of these
 
     def samples(self) -> Samples:
         """All N responses so far, as many tokens as the longest has."""
-        done = self.finished
-        done.ids[self.rows], done.mask[self.rows] = self.ids, self.mask
-        done.entropy[self.rows], done.finished[self.rows] = self.entropy, ~self.alive
-        T = int(done.mask.sum(1).max())
-        return Samples(done.ids[:, :T], done.mask[:, :T], done.entropy[:, :T], done.finished)
+        ends = torch.isin(self.ids, self.end_ids).long()
+        mask = (ends.cumsum(1) == ends).long()  # up to the first end token
+        T = int(mask.sum(1).max())
+        return Samples(self.ids[:, :T], mask[:, :T], self.entropy[:, :T], ends.any(1))
 
     def leave_out_finished(self) -> None:
         """Go on without the prompts whose responses have all ended, once they are half of all."""
-        kept = self.alive.view(self.P, self.K).any(1).nonzero().squeeze(1)
+        alive = self.alive.view(self.P, self.K)
+        kept = alive.any(1).nonzero().squeeze(1)
         if 2 * len(kept) > self.P:
             return
-        self.samples()
-        rows = (kept[:, None] * self.K + torch.arange(self.K)).flatten()
-        for name in ("ids", "mask", "entropy", "alive", "rows", "uniforms", "logits"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.visible, self.itself = self.visible[kept], self.itself[kept]
+        self.rows, self.alive = self.rows.view_as(alive)[kept].flatten(), alive[kept].flatten()
         prefix, self.P = self.prefix, len(kept)
         prefix.mask, prefix.position = prefix.mask[kept], prefix.position[..., kept, :]
         for layer in prefix.cache.layers:
@@ -195,33 +183,29 @@ class Decoder:
 
     def widen(self, tokens: int) -> None:
         """Limit attention to the first `tokens` positions; later ones are still empty."""
-        self.open = min(self.K * tokens, self.visible.shape[2])
+        self.open = min(self.K * tokens, len(self.columns))
         for layer in self.prefix.cache.layers:
             layer.end = self.longest + self.open
 
-    def choose(self) -> None:
+    def choose(self, logits: Tensor) -> None:
         """Draw token t of every response; those that have ended get padding."""
-        uniform = self.uniforms.index_select(1, self.t).squeeze(1)  # (N,)
-        token, entropy = dyme.draw(self.logits, uniform, self.temperature)
+        token, entropy = dyme.draw(logits, self.uniforms[self.rows, self.t], self.temperature)
         token = token.masked_fill(~self.alive, self.pad_id)
-        self.ids.index_copy_(1, self.t, token[:, None])
-        self.mask.index_copy_(1, self.t, self.alive.long()[:, None])
-        self.entropy.index_copy_(1, self.t, entropy[:, None])
+        self.ids[self.rows, self.t] = token
+        self.entropy[self.rows, self.t] = entropy
         self.alive.logical_and_((token[:, None] != self.end_ids).all(1))
 
     def step(self) -> None:
         """Feed token t of every response to the model, then choose token t + 1."""
-        # Response k alone sees its token t.
-        self.visible.index_copy_(2, self.columns, self.itself)
-        tokens = self.ids.index_select(1, self.t).view(self.P, self.K)
+        tokens = self.ids[self.rows, self.t].view(self.P, self.K)
         offsets = self.t.expand(self.P, self.K)
-        visible = self.visible[:, :, :self.open]
+        # Response k sees its own tokens so far.
+        so_far = self.columns[:self.open] < (self.t + 1) * self.K
+        visible = (self.own[:, :self.open] & so_far).expand(self.P, -1, -1)  # (P, K, open)
         hidden = extend(self.model, self.prefix, tokens, offsets, visible)  # (P, K, D)
-        self.logits.copy_(dyme.next_logits(self.model, hidden.flatten(0, 1)))
         self.t.add_(1)
-        self.columns.add_(self.K)
         self.slots.add_(self.K)
-        self.choose()
+        self.choose(dyme.next_logits(self.model, hidden.flatten(0, 1)))
 
 
 class Slots(DynamicLayer):
@@ -258,28 +242,21 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
         layers.append(Slots(keys, values, slots))
         for layer in same_layer:
             layer.keys = layer.values = None
-    masks = []
-    for prefix in prefixes:  # padding is on the left
-        masks.append(F.pad(prefix.mask, (longest - prefix.mask.shape[1], 0)))
+    # Padding is on the left.
+    masks = [F.pad(prefix.mask, (longest - prefix.mask.shape[1], 0)) for prefix in prefixes]
     hidden = torch.cat([prefix.hidden for prefix in prefixes])
     position = torch.cat([prefix.position for prefix in prefixes], dim=-2)
     return Prefix(Cache(layers=layers), hidden, torch.cat(masks), position)
 
 
 def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
-    """Concatenate `parts`, (P_i, G, L_i, D) each, to (P, G, longest + room, D), prompts at the end.
+    """Concatenate `parts`, (P_i, G, L_i, D) each, to (P, G, longest + room, D), padded with zeros.
     """
-    dtype, device = parts[0].dtype, parts[0].device
-    if torch.is_autocast_enabled(device.type):
+    dtype, device = parts[0].dtype, parts[0].device.type
+    if torch.is_autocast_enabled(device):
         # Keys come in float32 (from the rotary embedding), values in half precision.
-        dtype = torch.get_autocast_dtype(device.type)
-    prompts, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
-    joined = torch.zeros(prompts, heads, longest + room, width, dtype=dtype, device=device)
-    first = 0
-    for part in parts:
-        joined[first:first + len(part), :, longest - part.shape[2]:longest] = part
-        first += len(part)
-    return joined
+        dtype = torch.get_autocast_dtype(device)
+    return torch.cat([F.pad(x.to(dtype), (0, 0, longest - x.shape[2], room)) for x in parts])
 
 
 # ---- Log-probs -----------------------------------------------------------------------------------
@@ -347,11 +324,9 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
         return part(hidden, ids, temperature)
     # Logits are made for `chunk` tokens at a time, and once more in the backward pass, so that all
     # M of them (gigabytes in float32) never exist at once.
-    logprobs = []
-    for piece in zip(*(x.split(chunk) for x in (hidden, ids, temperature)), strict=True):
-        of_piece = checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)
-        logprobs.append(of_piece)
-    return torch.cat(logprobs)
+    pieces = zip(*(x.split(chunk) for x in (hidden, ids, temperature)), strict=True)
+    again = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*piece) for piece in pieces])
 
 
 def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int], ...]:
@@ -459,16 +434,13 @@ def encode_images_once(model: Model) -> None:
 # ---- CUDA graphs: a step of decoding is recorded once and replayed -------------------------------
 
 
-class Recorder:
+@functools.cache
+def recorder(device: int) -> SimpleNamespace:
     """A device's stream for recording, and the memory pool that its graphs share."""
-
     # torch.cuda.graph() would wait for the device and empty the allocator's cache every time.
-    def __init__(self, device: int) -> None:
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self.latest: Any = None  # kept: without a graph alive the pool can't be recorded into again
-
-
-recorder = functools.cache(Recorder)  # one for each device
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    # The latest graph is kept: without one alive the pool can't be recorded into again.
+    return SimpleNamespace(stream=stream, pool=pool, latest=None)
 
 
 def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
@@ -525,8 +497,6 @@ def packed_weights(model: Model, rows: int) -> Iterator[None]:
     """For decoding `rows` tokens at a time: pack the weights outside the vision tower."""
     towers = {m for tower in dyme.vision_towers(model) for m in tower.modules()}
     layers = [m for m in model.modules() if type(m) is Linear and m not in towers]
-    if torch.is_autocast_enabled("cpu"):
-        layers = []
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
