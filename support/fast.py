@@ -44,7 +44,8 @@ def speed_up(policy: Policy) -> Policy:
     if hasattr(model, "sped_up"):
         return faster
     config = model.config.get_text_config()
-    before, kinds = config._attn_implementation, {*(getattr(config, "layer_types", None) or [])}
+    before = config._attn_implementation
+    kinds = {*(getattr(config, "layer_types", None) or [])}
     try:
         expected = trial_logprobs(policy)
         use_grouped_attention(model)
@@ -153,7 +154,7 @@ class Decoder:
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.columns = torch.arange(self.K * (T - 1), device=device)
         first = torch.arange(self.K, device=device)
-        self.own = self.columns % self.K == first[:, None]  # (K, K (T - 1)): whose each column is
+        self.own = self.columns % self.K == first[:, None]  # (K, K (T - 1)), whose they are
         self.slots = self.longest + first  # where the cache keeps token t
         self.prefix = merge(prefixes, len(self.columns), self.slots)
 
@@ -175,7 +176,8 @@ class Decoder:
         kept = alive.any(1).nonzero().squeeze(1)
         if 2 * len(kept) > self.P:
             return
-        self.rows, self.alive = self.rows.view_as(alive)[kept].flatten(), alive[kept].flatten()
+        self.rows = self.rows.view_as(alive)[kept].flatten()
+        self.alive = alive[kept].flatten()
         prefix, self.P = self.prefix, len(kept)
         prefix.mask, prefix.position = prefix.mask[kept], prefix.position[..., kept, :]
         for layer in prefix.cache.layers:
@@ -250,13 +252,15 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
 
 
 def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
-    """Concatenate `parts`, (P_i, G, L_i, D) each, to (P, G, longest + room, D), padded with zeros.
-    """
+    """Pad `parts`, (P_i, G, L_i, D) each, and join them to (P, G, longest + room, D)."""
     dtype, device = parts[0].dtype, parts[0].device.type
     if torch.is_autocast_enabled(device):
         # Keys come in float32 (from the rotary embedding), values in half precision.
         dtype = torch.get_autocast_dtype(device)
-    return torch.cat([F.pad(x.to(dtype), (0, 0, longest - x.shape[2], room)) for x in parts])
+    padded = []
+    for part in parts:
+        padded.append(F.pad(part.to(dtype), (0, 0, longest - part.shape[2], room)))
+    return torch.cat(padded)
 
 
 # ---- Log-probs -----------------------------------------------------------------------------------
