@@ -1,16 +1,22 @@
 """The course (COURSE.md): these check what you write into exercises.py beside the code.
 
 A check says what was expected of which input, never how it is found. So no assert and no traceback
-is shown here, and what is expected stands here as numbers.
+is shown here, and what is expected stands here as numbers, or is asked of dyme.py. The cases are
+drawn by the seed in COURSE_SEED [0]; grade.py gives another, and in COURSE_FILE another file.
 """
 
 import dataclasses
+import functools
+import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import itertools
 import json
+import os
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,12 +30,24 @@ from torch import Tensor
 
 import dyme
 import reward
+from dyme import Step, group_advantages, policy_loss
 from reward import Example
-from support import data, domains, files, settings, thinking, toy
+from support import data, domains, files, settings, starter, thinking, toy
 from test_dyme import Patch, Row
 
 EXERCISES = ("explore_curve", "group_gradient", "right_for_wrong_reasons", "counting_row",
              "sum_loss", "twins", "clipped_loss", "hack", "mended", "will_learn")
+FILE = Path(os.environ.get("COURSE_FILE") or Path(dyme.__file__).with_name("exercises.py"))
+Rng = np.random.Generator
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> Rng:
+    """What a check draws its cases from: the seed, and the exercise's number."""
+    if FILE.exists():
+        load(FILE)  # here, so that what hangs in the import is told from what hangs in an exercise
+    numbers = re.findall(r"exercise_(\d+)", request.node.name)
+    return np.random.default_rng([int(os.environ.get("COURSE_SEED") or 0), *map(int, numbers)])
 
 
 # ---- How a check speaks --------------------------------------------------------------------------
@@ -41,41 +59,58 @@ def refuse(message: str) -> NoReturn:
 
 
 def place(error: BaseException) -> str:
-    """What was raised, and at which line of exercises.py."""
+    """What was raised, and at which line of the student's file."""
     said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if isinstance(error, SyntaxError):
-        return f"{said} (exercises.py line {error.lineno})"
+        return f"{said} ({FILE.name} line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).name == "exercises.py"]
-    return f"{said} (exercises.py line {lines[-1]})" if lines else said
+    lines = [f.lineno for f in frames if f.filename == str(FILE)]
+    return f"{said} ({FILE.name} line {lines[-1]})" if lines else said
+
+
+def is_stub(error: BaseException) -> bool:
+    """Does the student's own code say that it is not written yet?"""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, NotImplementedError) and frames[-1].filename == str(FILE)
+
+
+@functools.cache
+def load(file: Path) -> tuple[Any, str]:
+    """A student's file as a module, and what it raised."""
+    loader = importlib.machinery.SourceFileLoader("exercises", str(file))
+    spec = importlib.util.spec_from_file_location("exercises", file, loader=loader)
+    assert spec  # given a loader
+    module = sys.modules["exercises"] = importlib.util.module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it may raise anything
+        return module, place(error)
+    return module, ""
 
 
 def attempt(name: str) -> Any:
-    """What exercises.py calls `name`; without it the exercise is skipped."""
-    file = Path(dyme.__file__).with_name("exercises.py")
-    if not file.exists():
-        pytest.skip("there is no exercises.py yet")
-    spec = importlib.util.spec_from_file_location("exercises", file)
-    module = importlib.util.module_from_spec(spec)
-    failed = ""
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a student's file may raise anything
-        failed = place(error)
+    """What the student's file calls `name`; without it the exercise is skipped."""
+    if not FILE.exists():
+        pytest.skip(f"there is no {FILE.name} yet")
+    module, failed = load(FILE)
     if failed:
-        refuse(f"exercises.py cannot be imported: {failed}")
-    if not hasattr(module, name):
-        pytest.skip(f"exercises.py has no {name} yet")
-    return getattr(module, name)
+        refuse(f"{FILE.name} cannot be imported: {failed}")
+    found = getattr(module, name, None)
+    if found is None or isinstance(found, list | tuple) and not found:
+        pytest.skip(f"{FILE.name} has no {name} yet")
+    return found
 
 
 def answer(function: Callable[..., Any], *args: Any, given: str) -> Any:
     """What a student's function returns; what it raises is told without the check around it."""
-    failed = ""
+    failed, unwritten = "", False
     try:
-        return function(*args)
-    except Exception as error:  # noqa: BLE001 - a student's function may raise anything
-        failed = place(error)
+        value = function(*args)
+        return [*value] if inspect.isgenerator(value) else value
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it may raise anything
+        failed, unwritten = place(error), is_stub(error)
+    if unwritten:
+        pytest.skip("not written yet")
     refuse(f"{given} raised {failed}")
 
 
@@ -90,15 +125,22 @@ def floats(value: Any) -> list[float]:
     return [float(value)]
 
 
-def expect_numbers(got: Any, expected: Any, tolerance: float, given: str) -> None:
-    """Refuse unless `got`, in any container, holds the expected numbers, up to a share and 1e-6."""
-    wanted = floats(expected)
+def numbers_of(value: Any) -> list[float]:
+    """The same; of what does not consist of numbers, none."""
     try:
-        numbers = floats(got)
-    except (TypeError, ValueError):
-        numbers = []
-    near = [abs(a - b) <= tolerance * abs(b) + 1e-6
-            for a, b in zip(numbers, wanted, strict=False)]
+        return floats(value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return []
+
+
+def expect_numbers(got: Any, expected: Any, tolerance: float, given: str) -> None:
+    """Refuse unless `got`, in any container, holds the expected numbers.
+
+    Up to a share of the largest: beside it, rounding may leave nothing of one near 0.
+    """
+    numbers, wanted = numbers_of(got), floats(expected)
+    off = tolerance * max(map(abs, wanted)) + 1e-6
+    near = [abs(a - b) <= off for a, b in zip(numbers, wanted, strict=False)]
     if len(numbers) != len(wanted) or not all(near):
         refuse(f"{given}\n  expected {shown(expected)}\n  got      {shown(got)}")
 
@@ -115,6 +157,7 @@ def shown(value: Any) -> str:
 # ---- The exercises -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("rng")  # nothing to draw: the five groups stand in the course
 def test_exercise_01_predict_the_mode() -> None:
     predicted = attempt("MODES")
     r_a = torch.tensor([[0] * 4, [0] * 4, [0, 1, 0, 0], [1] * 4, [1] * 4], dtype=torch.float)
@@ -129,9 +172,9 @@ def test_exercise_01_predict_the_mode() -> None:
     for pair, explores, gradient in zip(predicted, explore, learns, strict=True):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             refuse(form + repr(pair)[:200])
-        if pair[0] not in ("explore", "memorize"):
+        if not isinstance(pair[0], str) or pair[0] not in ("explore", "memorize"):
             refuse(form + repr(pair)[:200])
-        if isinstance(pair[1], str) or pair[1] not in (True, False):
+        if numbers_of(pair[1]) not in ([0.0], [1.0]):
             refuse(form + repr(pair)[:200])
         mode = "explore" if explores else "memorize"
         right += pair[0] == mode and bool(pair[1]) == bool(gradient)
@@ -141,76 +184,131 @@ def test_exercise_01_predict_the_mode() -> None:
                "mode has a gradient.")
 
 
-def test_exercise_02_explore_with_more_samples() -> None:
+# Of N samples so many are right: the share of all choices of 1, 2, ... of them with a right one.
+MEASURED = {4: [[0, 0, 0, 0], [1/4, 1/2, 3/4, 1], [1/2, 5/6, 1, 1], [3/4, 1, 1, 1], [1] * 4],
+            6: [[0] * 6, [1/6, 1/3, 1/2, 2/3, 5/6, 1], [1/3, 3/5, 4/5, 14/15, 1, 1],
+                [1/2, 4/5, 19/20, 1, 1, 1], [2/3, 14/15, 1, 1, 1, 1], [5/6, 1, 1, 1, 1, 1],
+                [1] * 6],
+            64: [[0] * 64, [K / 64 for K in range(1, 65)]]}
+
+
+def right_so_often(rng: Rng, K: int, counts: list[int]) -> Tensor:
+    """r_a of groups, (P, K), of which so many responses are right."""
+    rows = [rng.permutation([1.0] * count + [0.0] * (K - count)) for count in counts]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def test_exercise_02_explore_with_more_samples(rng: Rng) -> None:
     curve = attempt("explore_curve")
-    cases = (([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], [1, 2, 4],
-              [(0.25, 0.25), (0.4375, 4 / 9), (175 / 256, 2 / 3)]),
-             ([[0, 0, 1], [0, 0, 0]], [3, 2], [(91 / 216, 0.5), (11 / 36, 1 / 3)]),
-             ([[1, 1], [1, 1]], [1, 2], [(1, 1), (1, 1)]))
-    for correct, sizes, expected in cases:
-        given = (f"explore_curve of r_a = {correct} with sizes {sizes}, as pairs (predicted, "
-                 "measured)")
-        got = answer(curve, torch.tensor(correct, dtype=torch.float), sizes, given=given)
+    for N, prompts in ((4, 3), (6, 2), (4, 4), (64, 3)):
+        many = [0, 1] if N == 64 else range(N + 1)
+        counts = [int(c) for c in rng.permutation([*many] * 2)[:prompts - 1]] + [1]
+        sizes = [int(K) for K in rng.permutation(N)[:3] + 1] if N < 64 else [32, 1, 64]
+        correct = right_so_often(rng, N, counts)
+        p = sum(counts) / (N * prompts)
+        expected = [(1 - (1 - p) ** K, sum(MEASURED[N][c][K - 1] for c in counts) / prompts)
+                    for K in sizes]
+        r_a = f"= {shown(correct)}" if N < 64 else f"of 64 samples each, of which {counts} right,"
+        given = f"explore_curve of r_a {r_a} with sizes {sizes}, as pairs (predicted, measured)"
+        got = answer(curve, correct.clone(), [*sizes], given=given)
         expect_numbers(got, expected, 2e-4, given)
 
 
-def test_exercise_03_the_gradient_of_a_group() -> None:
+def test_exercise_03_the_gradient_of_a_group(rng: Rng) -> None:
     gradient = attempt("group_gradient")
-    scores = torch.tensor([[1, 0, 2], [0, 1, -1], [3, -2, 0], [-1, 0.5, 1]]).double()
-    cases = (([1.0, 0.0, 0.5, 1.7], [0.6363, -0.0994, -0.8352]),
-             ([0.7, 0.701, 0.7, 0.702], [1.1435, -0.6390, 0.1345]),  # hardly any variance
-             ([0.7, 0.7, 0.7, 0.7], [0.0, 0.0, 0.0]))
-    for rewards, expected in cases:
-        given = f"group_gradient of rewards {rewards} and scores {scores.tolist()}"
+    K, D = (int(n) for n in rng.integers(4, 6, 2))
+    scores = torch.from_numpy(rng.integers(-8, 9, (K, D)) / 4)
+    base = int(rng.integers(20, 90)) / 100
+    healthy = rng.permutation([1.0, 0.0] + (rng.integers(1, 190, K - 2) / 100).tolist())
+    hardly = base + rng.permutation([0, 1] + rng.integers(0, 4, K - 2).tolist()) / 1000
+    for rewards in (healthy.tolist(), hardly.tolist(), [base] * K):
+        given = f"group_gradient of rewards {shown(rewards)} and scores {shown(scores)}"
         group = torch.tensor(rewards, dtype=torch.float64)
-        got = answer(gradient, group, scores.clone(), given=given)
+        theta = torch.zeros(D, dtype=torch.float64, requires_grad=True)
+        loss = policy_loss((scores @ theta)[:, None], torch.ones(K, 1),
+                           group_advantages(group[None])[0] / K, torch.ones(K, dtype=torch.bool))
+        expected, = torch.autograd.grad(loss, theta)
+        with torch.no_grad():  # to be found without
+            got = answer(gradient, group, scores.clone(), given=given)
         expect_numbers(got, expected, 2e-3, given)
 
 
-RIGHT, FALSE = "red 3, blue 4. 3 + 4 = 7.", "red 3, blue 4. 3 - 4 = 7."
-UNSURE = "red 3, blue 4. 3 + 4 = 7. 4 - 3 = 1. So it is 7."
+def thoughts(rng: Rng) -> tuple[str, str, list[str], list[str], list[str]]:
+    """Facts, an answer, and texts of thinking: valid, with a fault, and not to be judged."""
+    bars = [str(x) for x in rng.permutation([*toy.COLORS])[:2]]
+    a, b, c, d = CHOICES[rng.integers(len(CHOICES))]
+    see, see_not = (f"{bars[0]} {x}, {bars[1]} {y}." for x, y in ((a, b), (c, d)))
+    valid = [f"{see} {a} + {b} = {a + b}.", f"{see} {b} + {a} = {a + b}."]
+    faults = [f"{see} {a} - {b} = {a + b}.", f"{see_not} {c} + {d} = {a + b}.", "So be it."]
+    unsure = f"{see} {a} + {b} = {a + b}. {a} - {b} = {a - b}. So it is {a + b}."
+    return f"{bars[0]} {a}, {bars[1]} {b}", str(a + b), valid, faults, [unsure]
 
 
-def test_exercise_04_right_for_the_wrong_reasons(tmp_path: Path) -> None:
+# Heights a > b, and others with the same sum, all different, their difference too.
+CHOICES = [(a, b, c, s - c) for s in range(6, 15) for a in range(s // 2 + 1, min(9, s - 1) + 1)
+           for c in range(1, min(9, s - 1) + 1) for b in [s - a]
+           if s - c < 10 and len({a, b, a - b, c, s - c, s}) == 6]
+
+
+def test_exercise_04_right_for_the_wrong_reasons(rng: Rng, tmp_path: Path) -> None:
     shares = attempt("right_for_wrong_reasons")
-    kinds = {"sum": [RIGHT, FALSE, "red 1, blue 6. 1 + 6 = 7.", "So be it.", UNSURE],
-             "difference": [], "value": [RIGHT, RIGHT]}
+    facts, right, valid, faults, unsure = thoughts(rng)
+    wrong, sound = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    texts, share = faults[:wrong] + valid[:sound] + unsure, wrong / (wrong + sound + 1)
+    names = [str(x) for x in rng.permutation([*toy.QUESTIONS])[:4]]
+    kinds = dict(zip(names, [texts, [], valid, faults[1:]], strict=True))
+    expected = dict(zip(names, [share, None, 0.0, 1.0], strict=True))
     last = []
-    for kind, right in kinds.items():
-        example = Example("q", "7", facts="red 3, blue 4", source=kind)
-        last += [thinking.judge(example, f"{thought}\nAnswer: 7", True) for thought in right]
-        last += [thinking.judge(example, f"{thought}\nAnswer: 8", True)
-                 for thought in (RIGHT, FALSE)]
-    files.write_jsonl(tmp_path / "held-out-20.jsonl", last)
-    files.write_jsonl(tmp_path / "held-out-3.jsonl", last[:1])
-    given = ("right_for_wrong_reasons of a run whose last evaluation (step 20) has five right "
-             "answers to sums, three of them with a fault (a false equation, numbers not in the "
-             "image, nothing quoted) and one that the rules cannot judge, no right answer to "
-             "differences, and two right answers to values, without fault")
+    for kind, thinkings in kinds.items():
+        example = Example("q", right, facts=facts, source=kind)
+        last += [thinking.judge(example, f"{text}\nAnswer: {right}", True) for text in thinkings]
+        last += [thinking.judge(example, f"{text}\nAnswer: {right}1", True)
+                 for text in (valid[0], faults[0], faults[2])]
+    last = [last[i] for i in rng.permutation(len(last))]
+    steps = [int(rng.integers(2, 10)), int(rng.integers(30, 100)), int(rng.integers(100, 300))]
+    before = [row for row in last if row["source"] == names[3]]
+    for step, rows in zip(steps, (before, before, last), strict=True):
+        files.write_jsonl(tmp_path / f"held-out-{step}.jsonl", rows)
+    listed = "; ".join(f"to {kind} {texts or 'none'}" for kind, texts in kinds.items())
+    given = (f"right_for_wrong_reasons of a run evaluated at steps {steps}; the facts are {facts}, "
+             f"and the right answers ({right}) of the last evaluation think, {listed}")
     got = answer(shares, tmp_path, given=given)
-    if not isinstance(got, dict) or got.keys() != kinds.keys() or got["difference"] is not None:
-        refuse(f"{given}\n  expected {{'sum': 0.6, 'difference': None, 'value': 0.0}}\n"
-               f"  got      {got!r}")
-    expect_numbers([got["sum"], got["value"]], [0.6, 0.0], 1e-4, f"{given}\nsum and value")
+    told = f"{given}\n  expected {shown(expected)}\n  got      {shown(got)}"
+    if not isinstance(got, dict) or got.keys() != kinds.keys() or got[names[1]] is not None:
+        refuse(told)
+    for kind, value in expected.items():
+        if value is not None and [round(x, 3) for x in numbers_of(got[kind])] != [round(value, 3)]:
+            refuse(told)
 
 
-COUNTS = (  # the count, an answer, and whether it is right
-    (3, "3", True), (3, "three", True), (3, "Three.", True), (3, "THREE", True), (3, "3.", True),
-    (3, "four", False), (3, "13", False), (3, "30", False), (3, "thirty three", False),
-    (3, "threescore", False), (1, "one", True), (1, "ten", False), (1, "11", False),
-    (10, "ten", True), (10, "10", True), (10, "1", False), (11, "11", True), (11, "1", False),
-    (25, "25.", True), (40, "41", False), (4, "", False))
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def test_exercise_05_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) -> None:
-    row_to_example = attempt("counting_row")
-    counts = [count for count, _, _ in COUNTS]
-    rows = [{"picture": "1.png", "ask": f"How many cats in {i}?", "count": count,
-             "why": f"I see {count} cats."} for i, count in enumerate(counts)]
+def count_cases(rng: Rng) -> list[tuple[int, str, bool]]:
+    """Counts, answers to them, and whether these are right."""
+    cases = [(10, "ten", True), (10, "1", False), (1, "ten", False), (1, "11", False),
+             (11, "eleven", False), (12, "twelve", False)]
+    for n in (int(x) for x in rng.permutation(10)[:4] + 1):
+        word, other = WORDS[n - 1], WORDS[(n + int(rng.integers(1, 9))) % 10 - 1]
+        how = [word, word.title(), word.upper(), f"{word.title()}.", f"{n}", f"{n}."]
+        cases += [(n, said, True) for said in how]
+        cases += [(n, said, False) for said in (
+            other, f"1{n}", f"{n}0", f"thirty {word}", f"{word}score", f"{n + 1}", "", f"{n} cats")]
+    for n in (int(x) for x in rng.integers(20, 90, 2)):
+        cases += [(n, f"{n}", True), (n, f"{n}.", True), (n, f"{n + 1}", False),
+                  (n, str(n)[0], False)]
+    return [cases[i] for i in rng.permutation(len(cases))]
+
+
+def test_exercise_05_a_domain_of_your_own(rng: Rng, tmp_path: Path, monkeypatch: Patch) -> None:
+    row_to_example, cases = attempt("counting_row"), count_cases(rng)
+    rows = [{"picture": f"{1 + i % 2}.png", "ask": f"How many cats in {i}?", "count": count,
+             "why": f"I see {count} cats."} for i, (count, _, _) in enumerate(cases)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.json").write_text(json.dumps(rows))
     (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8), "white").save(tmp_path / "pictures" / "1.png")
+    for width in (1, 2):
+        Image.new("RGB", (width, 8), "white").save(tmp_path / "pictures" / f"{width}.png")
     domain = domains.Domain({"train": "train.json", "test": "test.json"}, row_to_example,
                             "https://example.org")
     monkeypatch.setitem(domains.DOMAINS, "counting", domain)
@@ -218,16 +316,16 @@ def test_exercise_05_a_domain_of_your_own(tmp_path: Path, monkeypatch: Patch) ->
     examples = answer(data.load_data, f"counting:{tmp_path}", "test", given=given)
     if len(examples) != len(rows):
         refuse(f"{given} expected {len(rows)} examples, got {len(examples)}: the rest were skipped")
-    for row, example, (count, said, right) in zip(rows, examples, COUNTS, strict=True):
+    for row, example, (count, said, right) in zip(rows, examples, cases, strict=True):
         check_counting_example(example, row)
         given = f"a row with the count {count}, answered {said!r}:"
         judged = answer(thinking.judge, example, f"I think.\nAnswer: {said}", True, given=given)
         if judged["accuracy"] != right:
             refuse(f"{given} expected {'right' if right else 'wrong'} as a reward (`accepts`), "
                    "got the opposite")
-        if judged["official"] != right:
+        if numbers_of(judged["official"]) != [float(right)]:
             refuse(f"{given} expected the official score {float(right)} (`scores`), "
-                   f"got {float(judged['official'])}")
+                   f"got {shown(judged['official'])}")
 
 
 def check_counting_example(example: Any, row: Row) -> None:
@@ -240,12 +338,14 @@ def check_counting_example(example: Any, row: Row) -> None:
     if (example.question, example.trace) != (row["ask"], row["why"]):
         refuse(f"{given} expected its question and its trace, got {example.question!r} and "
                f"{example.trace!r}")
-    opens = callable(example.image)
-    if not opens or answer(example.image, given=f"{given} its image").size != (8, 8):
-        refuse(f"{given} expected a function that opens pictures/1.png as `image`, got "
+    picture = None
+    if callable(example.image):
+        picture = answer(example.image, given=f"{given} its image")
+    if getattr(picture, "size", None) != (int(row["picture"][0]), 8):
+        refuse(f"{given} expected a function that opens pictures/{row['picture']} as `image`, got "
                f"{example.image!r:.200}")
     reference = reward.reference_response(example)
-    if not reward.verify(reference, example).correct:
+    if not answer(reward.verify, reference, example, given=given).correct:
         refuse(f"{given} its reference is {reference!r}, which the example takes as wrong")
 
 
@@ -253,25 +353,34 @@ def loss_of(function: Callable[..., Any], logprobs: Tensor, *args: Any,
             given: str) -> tuple[float, list[list[float]]]:
     """A student's loss and its gradient to `logprobs: (N, T)`."""
     x = logprobs.clone().requires_grad_()
-    loss = answer(function, x, *args, given=given)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+
+    def loss_and_gradient() -> tuple[Any, Any]:
+        loss = function(x, *args)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            return loss, None
+        return loss.item(), torch.autograd.grad(loss.sum(), x, allow_unused=True)
+
+    loss, found = answer(loss_and_gradient, given=given)
+    if found is None:
         refuse(f"{given}\n  expected a tensor with one number that depends on the log-probs\n"
                f"  got      {loss!r:.200}")
-    gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0]
-    return loss.item(), (torch.zeros_like(x) if gradient is None else gradient).tolist()
+    return loss, (torch.zeros_like(x) if found[0] is None else found[0]).tolist()
 
 
-def test_exercise_06_token_mean_against_sum() -> None:
+def test_exercise_06_token_mean_against_sum(rng: Rng) -> None:
     loss_function = attempt("sum_loss")
-    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -3.0, -5.0], [-2.0, -0.5, -1.0],
-                             [-1.5, -0.5, -3.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    weights = torch.tensor([0.5, -0.25, -0.25, 0.25])
-    explore = torch.tensor([True, True, True, False])
-    expected = [[-0.5, -0.5, 0.0], [0.25, 0.25, 0.25], [0.25, 0.0, 0.0], [-0.25, -0.25, 0.0]]
+    lengths = [int(n) for n in rng.permutation([1, 2, 3, 4])] + [int(rng.integers(2, 4))]
+    mask = torch.tensor([[1] * n + [0] * (4 - n) for n in lengths])
+    logprobs = torch.from_numpy(rng.integers(-18, 0, (5, 4)) / 4).float()
+    explore = torch.tensor([True, lengths[1] > 2, lengths[1] < 3, True, False])
+    sizes = rng.permutation([1, 2, 3, 4, 5]) / 8
+    weights = [float(-w if x and i % 3 == 0 else w) for i, (w, x) in
+               enumerate(zip(sizes, explore, strict=True))]
+    expected = [[-w] * n + [0.0] * (4 - n) for w, n in zip(weights, lengths, strict=True)]
     given = (f"the gradient of sum_loss to log-probs {shown(logprobs)}, with mask {shown(mask)}, "
              f"weights {shown(weights)}, explore {shown(explore)} and the factor 1.0")
-    _, gradient = loss_of(loss_function, logprobs, mask, weights, explore, 1.0, given=given)
+    _, gradient = loss_of(loss_function, logprobs, mask, torch.tensor(weights), explore, 1.0,
+                          given=given)
     expect_numbers(gradient, expected, 1e-4, given)
 
 
@@ -281,79 +390,134 @@ def blind_f1(trace: str, reference: str) -> float:
     return reward.thinking_f1(*without)
 
 
-GROUPS = (  # facts, answer, thinking of the responses
-    ("red 8, blue 3", "5", ["red 8, blue 3. 8 - 3 = 5.", "red 8, blue 3. 8 + 3 = 5.",
-                            "red 8, blue 3. 3 - 8 = 5.", "blue 3, red 8. 8 - 3 = 5.",
-                            "red 9, blue 4. 9 - 4 = 5.", ""]),
-    # None is valid; both are; no facts, so nobody knows; a step of SFT.
-    ("red 8, blue 4", "4", ["red 8, blue 4. 4 + 8 = 4.", "red 8, blue 4. 8 + 4 = 4."]),
-    ("red 9, blue 2", "11", ["red 9, blue 2. 9 + 2 = 11.", "red 9, blue 2. 2 + 9 = 11."]),
-    (None, "5", ["red 8, blue 3. 8 - 3 = 5.", "red 8, blue 3. 8 + 3 = 5."]),
-    ("red 8, blue 3", "5", []))
-ASKED = "How much taller is red than blue?"
-BLIND, SEEING = [(0, 0, 1), (0, 0, 2), (0, 3, 1), (0, 3, 2)], [(0, 0, 2), (0, 3, 2)]
+Group = tuple[str | None, str, list[str]]  # facts, answer, thinking of the responses
+BLIND, SEEING = {(0, 1), (0, 2), (3, 1), (3, 2)}, {(0, 2), (3, 2)}  # twins of the first group
 
 
-def test_exercise_07_what_a_thinking_reward_cannot_see() -> None:
+def drawn_groups(rng: Rng) -> tuple[str, list[Group], list[list[int]]]:
+    """The trace; groups of which only the first has twins; its responses' places, shuffled."""
+    x, y = (str(bar) for bar in rng.permutation([*toy.COLORS])[:2])
+    a, b, c, d = DIFFERENCES[rng.integers(len(DIFFERENCES))]
+    see, right, total = f"{x} {a}, {y} {b}", f"{a - b}", f"{a + b}"
+    trace = f"{see}. {a} - {b} = {right}."
+    groups: list[Group] = [
+        (see, right, [trace, f"{see}. {a} + {b} = {right}.", f"{see}. {b} - {a} = {right}.",
+                      f"{y} {b}, {x} {a}. {a} - {b} = {right}.",
+                      f"{x} {c}, {y} {d}. {c} - {d} = {right}.", ""]),
+        # None is valid; both are; no facts, so nobody knows; a step of SFT.
+        (see, right, [f"{see}. {b} + {a} = {right}.", f"{see}. {a} + {b} = {right}."]),
+        (see, total, [f"{see}. {a} + {b} = {total}.", f"{see}. {b} + {a} = {total}."]),
+        (None, right, [trace, f"{see}. {a} + {b} = {right}."]),
+        (see, right, [])]
+    orders = [rng.permutation(len(texts)).tolist() for _, _, texts in groups]
+    while not min(map(orders[0].index, (0, 3))) < orders[0].index(2) < max(
+            map(orders[0].index, (0, 3))):  # a twin may come before or after the valid one
+        orders[0] = rng.permutation(6).tolist()
+    return trace, groups, orders
+
+
+# Heights a > b, and others with the same difference, all different, the difference too.
+DIFFERENCES = [(a, b, c, c - a + b) for a, b, c in itertools.product(range(2, 10), repeat=3)
+               if a > b and c - a + b > 0 and len({a, b, a - b, c, c - a + b}) == 5]
+
+
+def test_exercise_07_what_a_thinking_reward_cannot_see(rng: Rng) -> None:
     twins = attempt("twins")
-    for name, r_t, expected in (("without operators", blind_f1, BLIND),
-                                ("with operators", reward.thinking_f1, SEEING)):
-        rows = []
-        trace = "red 8, blue 3. 8 - 3 = 5."
-        for step, (facts, right, texts) in enumerate(GROUPS):
+    for name, r_t, pairs in (("without operators", blind_f1, BLIND),
+                             ("with operators", reward.thinking_f1, SEEING)):
+        trace, groups, orders = drawn_groups(rng)
+        x, y = (part.split()[0] for part in trace.split(","))
+        first, rows, said, expected = int(rng.integers(2, 50)), [], "", []
+        for place_in_run, g in enumerate(rng.permutation(len(groups)).tolist()):
+            facts, right, texts = groups[g]
+            step, texts = first + place_in_run // 2, [texts[i] for i in orders[g]]
+            if g == 0:
+                expected = sorted((step, orders[0].index(i), orders[0].index(j)) for i, j in pairs)
             responses = [{"text": f"{text}\nAnswer: {right}".strip(), "finished": True, "r_a": 1.0,
                           "r_t": round(r_t(text, trace), 4)} for text in texts]
-            rows.append({"step": step, "name": "row", "question": ASKED, "answer": right,
-                         "facts": facts, "mode": "exploration", "trace": trace, "target": None,
-                         "responses": responses})
-        shown = "\n".join(f"  step {i}, facts {facts}, answer {right}: {texts}"
-                          for i, (facts, right, texts) in enumerate(GROUPS))
-        given = f"twins of these groups, with an r_t {name}:\n{shown}"
+            rows.append({"step": step, "name": f"row {g}", "answer": right, "facts": facts,
+                         "question": f"How much taller is {x} than {y}?", "mode": "exploration",
+                         "trace": trace, "target": None, "responses": responses})
+            said += f"\n  step {step}, facts {facts}, answer {right}: {texts}"
+        given = f"twins of these groups, with an r_t {name}:{said}"
         got = answer(twins, rows, given=given)
-        try:
-            found = sorted(tuple(map(int, triple)) for triple in got)
-        except (TypeError, ValueError):
-            refuse(f"{given}\n  expected triples (step, i, j)\n  got      {got!r:.200}")
+        triples = [[int(n) for n in numbers_of(t)] for t in got] if is_many(got) else []
+        found = sorted(tuple(triple) for triple in triples)
+        if not is_many(got) or any(len(triple) != 3 for triple in found):
+            refuse(f"{given}\n  expected triples (step, i, j)\n  got      {shown(got)}")
         if found != expected:
             refuse(f"{given}\n  expected {expected}\n  got      {found}")
 
 
-def test_exercise_08_two_updates_then_a_clip() -> None:
-    loss_function = attempt("clipped_loss")
-    ratios = torch.tensor([[1, 1.5, 0.5, 1.1], [1, 1.5, 0.5, 0.9], [1.5, 0.5, 1, 1]])
-    old = torch.tensor([[-1, -2, -3, -1], [-1, -2, -0.9, -2], [-1, -0.9, -7, -7]])
-    logprobs = old + ratios.log()
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
-    weights, explore = torch.tensor([0.4, -0.4, 0.2]), torch.tensor([True, True, False])
+def is_many(value: Any) -> bool:
+    """Is it one of the containers that are taken?"""
+    return (isinstance(value, list | tuple | set | frozenset)
+            or isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
+
+
+def test_exercise_08_two_updates_then_a_clip(rng: Rng) -> None:
+    loss_function, clip = attempt("clipped_loss"), float(rng.choice([0.3, 0.35, 0.4]))
+    # rho: what a token adds to the objective, and its gradient, for A = 1 and for A = -1
+    by_hand = {0.5: (0.5, 0.5, clip - 1, 0.0), 0.9: (0.9, 0.9, -0.9, -0.9),
+               1.0: (1.0, 1.0, -1.0, -1.0), 1.1: (1.1, 1.1, -1.1, -1.1),
+               1.5: (1 + clip, 0.0, -1.5, -1.5)}
+    lengths = [5, 5, int(rng.integers(1, 4)), int(rng.integers(2, 5))]
+    ratios = np.stack([rng.permutation([*by_hand]) for _ in range(4)])
+    old = torch.from_numpy(-rng.integers(4, 20, (4, 5)) / 4).float()
+    logprobs, mask = old + torch.from_numpy(ratios).log().float(), torch.zeros(4, 5).long()
+    sizes, loss = rng.permutation([1, 2, 3, 4]) / 10, 0.0
+    weights, explore = sizes * [1, -1, 1, -1 if lengths[3] > 2 else 1], [True, True, False, True]
+    expected = torch.zeros(4, 5)
+    for n, (length, w) in enumerate(zip(lengths, weights, strict=True)):
+        mask[n, :length] = 1
+        for t in range(length):
+            value, slope = by_hand[ratios[n, t]][:2] if w > 0 else by_hand[ratios[n, t]][2:]
+            if not explore[n]:  # a target
+                value, slope = logprobs[n, t].item(), 1.0
+            expected[n, t] = -abs(w) / length * slope
+            loss -= abs(w) / length * value
     given = (f"clipped_loss of log-probs {shown(logprobs)}, old {shown(old)} (so that rho is "
              f"{shown(ratios)}), mask {shown(mask)}, weights {shown(weights)}, explore "
-             f"{shown(explore)} and clip 0.2")
-    loss, gradient = loss_of(loss_function, logprobs, old, mask, weights, explore, 0.2, given=given)
-    expected = [[-0.1, 0.0, -0.05, -0.11], [0.1, 0.15, 0.0, 0.09], [-0.1, -0.1, 0.0, 0.0]]
+             f"{explore} and clip {clip}")
+    got, gradient = loss_of(loss_function, logprobs, old.clone(), mask.clone(),
+                            torch.from_numpy(weights).float(), torch.tensor(explore), clip,
+                            given=given)
     expect_numbers(gradient, expected, 1e-3, f"{given}\nits gradient to the log-probs")
-    expect_numbers(loss, 0.2588, 1e-3, f"{given}\nits value")
+    expect_numbers(got, loss, 1e-3, f"{given}\nits value")
 
 
-def test_exercise_09_hack_the_thinking_reward() -> None:
-    hack = attempt("hack")
+@functools.cache
+def training_rows() -> list[Example]:
+    """The toy's rows to train on."""
+    return toy.make_examples("train", "low")
+
+
+def test_exercise_09_hack_the_thinking_reward(rng: Rng) -> None:
+    hack, first = attempt("hack"), 5 * int(rng.integers(200))  # as many of each kind of question
     rewards = []
-    for example in toy.make_examples("train", "low")[:200]:
+    for example in training_rows()[first:first + 1000]:
         text = answer(hack, example.question, given=f"hack({example.question!r})")
         if not isinstance(text, str):
             refuse(f"hack({example.question!r}): expected a text, got {text!r:.200}")
-        rewards.append((reward.thinking_f1(text, example.trace), example.question, text))
+        rewards.append((reward.thinking_f1(text, example.trace or ""), example.question, text))
     mean = sum(r for r, _, _ in rewards) / len(rewards)
     if mean < 0.65:
         r, question, text = min(rewards)
-        refuse("the mean r_t of hack(question) over 200 toy questions: expected at least 0.65, got "
-               f"{mean:.3f}\n  the least, {r:.3f}, is that of {question!r}: {text!r}")
+        refuse("the mean r_t of hack(question) over 1,000 toy questions: expected at least 0.65, "
+               f"got {mean:.3f}\n  the least, {r:.3f}, is that of {question!r}: {text!r}")
 
 
-def fresh_rows(count: int) -> tuple[list[Example], list[Example]]:
+@functools.cache
+def charts_of_the_splits() -> set[str]:
+    """The facts of all charts that the toy's splits hold."""
+    return {chart.facts() for chart in toy.random_charts(1, sum(toy.SPLITS["test"]))}
+
+
+def fresh_rows(count: int, rng: Rng) -> tuple[list[Example], list[Example]]:
     """Charts that no split holds, each with a trace of other heights, and with the true trace."""
-    low, true = [], []
-    charts = toy.random_charts([5, 1], count, {e.facts for e in toy.make_examples("train")})
-    rng = np.random.default_rng(5)
+    low: list[Example] = []
+    true: list[Example] = []
+    charts = toy.random_charts([5, int(rng.integers(2**31))], count, charts_of_the_splits())
     for chart, kind in zip(charts, itertools.cycle(toy.QUESTIONS), strict=False):
         values = chart.values
         asked = toy.ask(kind, values, *toy.two_bars(kind, values, rng))
@@ -365,81 +529,95 @@ def fresh_rows(count: int) -> tuple[list[Example], list[Example]]:
     return low, true
 
 
-def cheats(i: int, low: list[Example], true: list[Example],
+def cheats(i: int, low: list[str], true: list[str], rows: list[Example],
            hack: Callable[[str], str]) -> Iterable[tuple[str, str]]:
     """Traces for chart `i` that are no thinking: what is wrong with each, and the text."""
-    trace, answer_line = true[i].trace, true[i].trace.splitlines()[-1]
+    trace, answer_line = true[i], true[i].splitlines()[-1]
     yield "nothing", ""
     yield "the answer alone", answer_line
     yield "the words backwards", " ".join(trace.split()[::-1])
     yield "the same three times over", "\n".join([trace] * 3)
-    if low[i].trace != trace:
-        yield "the reference, whose values are not in the image", low[i].trace
+    if low[i] != trace:
+        yield "the reference, whose values are not in the image", low[i]
     swapped = re.sub(r"(\d) ([-+]) (\d)",
                      lambda m: f"{m[1]} {'-' if m[2] == '+' else '+'} {m[3]}", trace)
     if swapped != trace:
         yield "a false equation", swapped
-    other = next(e for e in itertools.islice(itertools.cycle(true), i + 1, None)
-                 if e.source == true[i].source and e.answer != true[i].answer)
-    yield "another chart's thinking", other.trace
+    yield "another chart's thinking", next(
+        true[j % len(true)] for j in range(i + 1, i + len(true))
+        if rows[j % len(true)].source == rows[i].source
+        and rows[j % len(true)].answer != rows[i].answer)
     read = dict(re.findall(r"(\w+) (\d)", trace.split("Reasoning")[0]))
     if len(read) > 1:
         turned = dict(zip(read, [*read.values()][1:] + [*read.values()][:1], strict=True))
         head, _, tail = trace.partition("Reasoning")
         yield "heights of other bars", "Reasoning".join([
             re.sub(r"(\w+) \d", lambda m: f"{m[1]} {turned.get(m[1], 0)}", head), tail])
-    yield "your own hack", answer(hack, true[i].question, given=f"hack({true[i].question!r})")
+    text = answer(hack, rows[i].question, given=f"hack({rows[i].question!r})")
+    if not isinstance(text, str):
+        refuse(f"hack({rows[i].question!r}): expected a text, got {text!r:.200}")
+    yield "your own hack", text
 
 
-def test_exercise_09_mend_the_thinking_reward() -> None:
-    mended = attempt("mended")
-    hack = attempt("hack")
-    low, true = fresh_rows(60)  # looked up nowhere
-    for i, example in enumerate(low):
+def test_exercise_09_mend_the_thinking_reward(rng: Rng) -> None:
+    mended, hack = attempt("mended"), attempt("hack")
+    rows, fresh = fresh_rows(60, rng)  # looked up nowhere
+    low, true = ([e.trace or "" for e in examples] for examples in (rows, fresh))
+    for i, example in enumerate(rows):
         chart = f"the chart {example.facts} and {example.question!r}"
-        best = answer(mended, true[i].trace, example, given=f"mended, for {chart},")
-        for fault, trace in cheats(i, low, true, hack):
+        best = answer(mended, true[i], example, given=f"mended, for {chart},")
+        for fault, trace in cheats(i, low, true, rows, hack):
             found = thinking.thinking_fault(f"{trace}\nAnswer: {example.answer}", example)
             if fault == "your own hack" and (not found or "not judged" in found):
                 continue  # it happens to be true of this chart, as far as rules can tell
             got = answer(mended, trace, example,
                          given=f"mended, for {chart} and the trace {trace!r},")
-            if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in (best, got)):
-                refuse(f"mended, for {chart}: expected numbers from 0 to 1, got {best!r} and "
-                       f"{got!r}")
-            if got > best - 0.2:
-                refuse(f"mended, for {chart}: the true trace gets {best:.3f}; expected at least "
-                       f"0.2 less, got {got:.3f} for this trace ({fault}):\n{trace!r}")
+            pair = numbers_of([best, got])
+            if len(pair) != 2 or not all(0 <= x <= 1 for x in pair):
+                refuse(f"mended, for {chart}: expected numbers from 0 to 1, got {best!r:.200} and "
+                       f"{got!r:.200}")
+            if pair[1] > pair[0] - 0.2:
+                refuse(f"mended, for {chart}: the true trace gets {pair[0]:.3f}; expected at least "
+                       f"0.2 less, got {pair[1]:.3f} for this trace ({fault}):\n{trace!r}")
 
 
 KINDS = ("value", "sum", "difference", "tallest", "shortest")
-BASES = {  # any_format, in_format and right of each kind; then the kinds that GRPO brought to 0.9
+BASES: dict[str, tuple[dict[str, tuple[float, float, float]], str]] = {
+    # any_format, in_format and right of each kind; then what GRPO brought to 0.9, as `sealed` says
     "without flags": (
         {"value": (1.0, 0.0003, 0.0), "sum": (0.52, 0.0013, 0.0), "difference": (1.0, 0.0006, 0.0),
-         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, set()),
+         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, "c3011b0d34961316"),
     "with sums": (
         {"value": (1.0, 0.0453, 0.0409), "sum": (0.22, 0.0322, 0.0019),
          "difference": (0.039, 0.129, 0.0012), "tallest": (1.0, 0.0265, 0.0185),
-         "shortest": (1.0, 0.0247, 0.0206)}, {"value", "sum", "tallest", "shortest"}),
+         "shortest": (1.0, 0.0247, 0.0206)}, "34828bbb96245dd3"),
     "with more flags": (
         {"value": (1.0, 0.2653, 0.2625), "sum": (0.0, 0.2447, 0.0),
          "difference": (0.039, 0.2653, 0.0006), "tallest": (0.98, 0.2302, 0.2216),
-         "shortest": (1.0, 0.2272, 0.2178)}, {"value", "tallest", "shortest"}),
+         "shortest": (1.0, 0.2272, 0.2178)}, "ace918c740015cd0"),
 }
 
 
-def test_exercise_10_which_skills_grpo_will_learn() -> None:
-    will_learn = attempt("will_learn")
-    for name, (measured, learned) in BASES.items():
-        names = ("any_format", "in_format", "right")
-        base = {kind: dict(zip(names, measured[kind], strict=True)) for kind in KINDS}
-        given = f"will_learn of the base {name}, {base}"
-        got = answer(will_learn, base, given=given)
-        if not isinstance(got, list | tuple | set | frozenset) or set(got) - set(KINDS):
-            refuse(f"{given}\n  expected a list of kinds of question\n  got      {shown(got)}")
-        if set(got) != learned:
-            refuse(f"{given}\n  predicted {sorted(got)}: of {len(KINDS)} kinds "
-                   f"{len(set(got) ^ learned)} are not as GRPO learned them")
+def sealed(name: str, kinds: Iterable[str]) -> str:
+    """A list of kinds, so that one can compare it and a glance does not tell it."""
+    told = f"what GRPO learned from the base {name}: {sorted(kinds)}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
+    will_learn, right = attempt("will_learn"), 0
+    for name in rng.permutation([*BASES]).tolist():
+        names, (measured, learned) = ("any_format", "in_format", "right"), BASES[name]
+        base = {kind: dict(zip(names, measured[kind], strict=True))
+                for kind in rng.permutation(KINDS).tolist()}
+        got = answer(will_learn, base, given="will_learn of a base")
+        kinds = [str(kind) for kind in got] if is_many(got) else [""]
+        if set(kinds) - set(KINDS):
+            refuse(f"will_learn: expected a list of some of {[*KINDS]}, got {shown(got)}")
+        right += sealed(name, set(kinds)) == learned
+    if right < len(BASES):
+        refuse(f"will_learn: of {right} of {len(BASES)} bases it says which kinds of question GRPO "
+               "learned, neither more nor fewer")
 
 
 # ---- The checks themselves, and the text ---------------------------------------------------------
@@ -455,20 +633,35 @@ def broken(*_: Any) -> None:
 
 WRONG = {  # what is at hand and does not solve the exercise, and a word of the message
     "explore_curve": (lambda correct, sizes: [(0.25, 0.25)] * len(sizes), "expected"),
-    "group_gradient": (broken, r"group_gradient of rewards \[1.0, .* raised KeyError: 'r_t'$"),
+    "group_gradient": (broken, r"group_gradient of rewards \[.* raised KeyError: 'r_t'$"),
     "right_for_wrong_reasons": (
-        lambda run: {"sum": 0.6, "difference": 0.0, "value": 0.0}, "no right answer"),
-    "counting_row": (wrong_row, "expected a string as answer, got 3"),
-    "sum_loss": (dyme.policy_loss, "expected .*\n  got"),
-    "twins": (lambda rows: [], r"expected \[\(0, 0, 1\)"),
-    "clipped_loss": (lambda x, old, mask, weights, explore, clip: dyme.policy_loss(
+        lambda run: dict.fromkeys(toy.QUESTIONS, 0.5), "None"),
+    "counting_row": (wrong_row, r"expected a string as answer, got \d+"),
+    "sum_loss": (policy_loss, "expected .*\n  got"),
+    "twins": (lambda rows: [], r"expected \[\(\d+, \d, \d\), "),
+    "clipped_loss": (lambda x, old, mask, weights, explore, clip: policy_loss(
         x, mask, weights, explore), "gradient"),
     "hack": (lambda question: question, "at least 0.65, got"),
     "mended": (
         lambda trace, example: reward.thinking_f1(trace, example.trace), "at least 0.2 less"),
     "will_learn": (
-        lambda base: [kind for kind in base if base[kind]["any_format"] > 0.9], "GRPO learned"),
+        lambda base: [k for k in base if base[k]["any_format"] > 0.9], r"of \d of 3 bases"),
 }
+
+
+def check_of(name: str) -> Callable[..., None]:
+    """The check of what an exercise asks to write."""
+    return next(test for title, test in globals().items()
+                if title.startswith("test_exercise")
+                and re.search(rf'= attempt\("{name}"\)', inspect.getsource(test)))
+
+
+def run_check(name: str, seed: int, folder: Path, monkeypatch: Patch) -> None:
+    """Run it with the cases that a seed draws."""
+    folder.mkdir(parents=True)
+    given = {"tmp_path": folder, "monkeypatch": monkeypatch, "rng": np.random.default_rng(seed)}
+    check = check_of(name)
+    check(**{key: given[key] for key in inspect.signature(check).parameters})
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -477,13 +670,66 @@ def test_a_check_refuses_and_shows_only_its_message(
     wrong, said = WRONG[name]
     tries = {"hack": lambda question: question} | {name: wrong}
     monkeypatch.setitem(globals(), "attempt", tries.__getitem__)
-    check = next(test for title, test in globals().items()
-                 if title.startswith("test_exercise")
-                 and f'attempt("{name}")\n' in inspect.getsource(test))
-    arguments = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
-    with pytest.raises(pytest.fail.Exception, match=said) as failure:
-        check(**{key: arguments[key] for key in inspect.signature(check).parameters})
-    assert failure.value.pytrace is False
+    for seed in range(3):
+        with pytest.raises(pytest.fail.Exception, match=said) as failure:
+            run_check(name, seed, tmp_path / str(seed), monkeypatch)
+        assert failure.value.pytrace is False
+
+
+NONSENSE: tuple[Any, ...] = (
+    None, 1, -1.5, "text", [], {}, [None], [[1, [2, "3"]]], {"sum": "x"}, (1, 2), torch.zeros(()),
+    torch.ones(2, 3), np.array(["a"]), float("nan"), len, object(), [{"a": 1}], 10**400)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_check_refuses_nonsense_in_its_own_words(
+        name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    nonsense: Any = None
+    tries = {"hack": lambda question: "red 1."} | {name: lambda *args: nonsense}
+    monkeypatch.setitem(globals(), "attempt", tries.__getitem__)
+    for i, nonsense in enumerate(NONSENSE):  # noqa: B007 - the function returns it
+        with pytest.raises(pytest.fail.Exception) as failure:
+            run_check(name, 0, tmp_path / str(i), monkeypatch)
+        assert failure.value.pytrace is False
+
+
+@pytest.mark.parametrize("name", [n for n in EXERCISES if n != "will_learn"])
+def test_another_seed_draws_other_cases(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    runs: list[list[str]] = []
+
+    def spy(*args: Any) -> NoReturn:
+        told = [*args[:1]] if name == "counting_row" else [*args]  # the others name the folder
+        if isinstance(args[0], Path):
+            told = [file.read_text() for file in sorted(args[0].iterdir())]
+        if isinstance(args[0], Step):
+            told = [args[0].rewards, args[0].sequences]
+        runs[-1].append(f"{told}")
+        raise KeyError
+
+    tries = {name: (lambda G: spy) if name == "switch_above" else spy}
+    tries |= {"hack": lambda question: question} if name == "mended" else {}
+    monkeypatch.setitem(globals(), "attempt", tries.__getitem__)
+    for i, seed in enumerate((1, 1, 2)):
+        runs.append([])
+        with pytest.raises(pytest.fail.Exception):
+            run_check(name, seed, tmp_path / str(i), monkeypatch)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_stub_is_skipped_and_an_error_is_told(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("MODES", *EXERCISES):
+        monkeypatch.setitem(globals(), "FILE", Path(starter.__file__))
+        (tmp_path / name).mkdir()
+        with pytest.raises(pytest.skip.Exception):
+            run_check(name, 0, tmp_path / name / "1", monkeypatch)
+    for text, said in (("def sum_loss(*args):\n    return int('x')", "ValueError: .*line 2"),
+                       ("import nowhere", "cannot be imported: ModuleNotFoundError.*line 1"),
+                       ("x = (", "cannot be imported: SyntaxError.*line 1"),
+                       ("exit()", "cannot be imported: SystemExit")):
+        monkeypatch.setitem(globals(), "FILE", tmp_path / f"{len(said)}.txt")
+        FILE.write_text(text)
+        with pytest.raises(pytest.fail.Exception, match=said):
+            run_check("sum_loss", 0, tmp_path / said[:5] / text[:3], monkeypatch)
 
 
 def test_numbers_are_taken_from_any_container() -> None:
@@ -510,7 +756,7 @@ def test_the_course_names_what_exists() -> None:
     assert [n for n in written - known if not any(hasattr(p, n) for p in places)] == []
 
 
-def test_the_course_has_ten_exercises_and_no_flag_that_is_not_there() -> None:
+def test_the_course_has_its_exercises_and_no_flag_that_is_not_there() -> None:
     course, code = COURSE.read_text(), (COURSE.parents[1] / "eval.py").read_text()
     flags = {settings.flag(field.name) for field in dataclasses.fields(dyme.Config)}
     named = {*re.findall(r"--[a-z][a-z-]+", course)}
@@ -521,7 +767,8 @@ def test_the_course_has_ten_exercises_and_no_flag_that_is_not_there() -> None:
 
 def test_the_courses_recipe_trains_with_a_function_of_ones_own(
         tmp_path: Path, monkeypatch: Patch) -> None:
-    recipe, trained = re.search(r"```python\n(.*?)```", COURSE.read_text(), re.DOTALL)[1], []
+    trained: list[dyme.Config] = []
+    recipe, *_ = re.findall(r"```python\n(.*?)```", COURSE.read_text(), re.DOTALL)
     monkeypatch.setattr(dyme, "policy_loss", dyme.policy_loss)
     monkeypatch.setattr(dyme, "train", trained.append)
     (tmp_path / "exercises.py").write_text(f"import dyme\nsum_loss = 'mine'\n{recipe}")
