@@ -6,11 +6,13 @@ A stub that still raises NotImplementedError counts as not written: its check is
 our guess. P prompts, K responses to each; N sequences of at most T tokens.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dyme import Sequence, Step
 from reward import Example
 
 # ---- Read ----------------------------------------------------------------------------------------
@@ -86,6 +88,27 @@ def mended(trace: str, example: Example) -> float:
 # 10. A day, most of it thinking.
 def will_learn(base: dict[str, dict[str, float]]) -> list[str]:
     """From {kind: {any_format, in_format, right}}: the kinds of question that GRPO learns."""
+    raise NotImplementedError
+
+
+# ---- Rules that others found ---------------------------------------------------------------------
+
+
+# 11. An hour, and an afternoon of runs.
+def switch_above(G: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A switch: from `r_a, r_t: (P, K)` to (P,) bool, the prompts with more than G right."""
+    raise NotImplementedError
+
+
+# 12. Two hours, and an afternoon of runs.
+def join_reference(record: Step, targets: list[list[int]], reward: float) -> list[Sequence]:
+    """From a step of P groups and P references (token ids): P (K + 1) sequences."""
+    raise NotImplementedError
+
+
+# 13. An hour, and an afternoon of runs.
+def weigh_by_doubt(record: Step) -> list[Sequence]:
+    """A step's sequences; the targets' `per_token` maps log-probs (T,) to factors (T,)."""
     raise NotImplementedError
 
 

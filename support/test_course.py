@@ -16,6 +16,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -30,13 +31,14 @@ from torch import Tensor
 
 import dyme
 import reward
-from dyme import Step, group_advantages, policy_loss
+from dyme import Response, Sequence, Step, group_advantages, policy_loss
 from reward import Example
 from support import data, domains, files, settings, starter, thinking, toy
 from test_dyme import Patch, Row
 
 EXERCISES = ("explore_curve", "group_gradient", "right_for_wrong_reasons", "counting_row",
-             "sum_loss", "twins", "clipped_loss", "hack", "mended", "will_learn")
+             "sum_loss", "twins", "clipped_loss", "hack", "mended", "will_learn",
+             "switch_above", "join_reference", "weigh_by_doubt")
 FILE = Path(os.environ.get("COURSE_FILE") or Path(dyme.__file__).with_name("exercises.py"))
 Rng = np.random.Generator
 
@@ -177,7 +179,7 @@ def test_exercise_01_predict_the_mode() -> None:
         if numbers_of(pair[1]) not in ([0.0], [1.0]):
             refuse(form + repr(pair)[:200])
         mode = "explore" if explores else "memorize"
-        right += pair[0] == mode and bool(pair[1]) == bool(gradient)
+        right += pair[0] == mode and numbers_of(pair[1]) == [float(gradient)]
     if right < 5:
         refuse(f"MODES: {right} of 5 pairs are right. The first half of a pair is the mode of "
                "Eq. 6; the second says whether what the group adds to the loss of Eq. 8 in that "
@@ -185,17 +187,11 @@ def test_exercise_01_predict_the_mode() -> None:
 
 
 # Of N samples so many are right: the share of all choices of 1, 2, ... of them with a right one.
-MEASURED = {4: [[0, 0, 0, 0], [1/4, 1/2, 3/4, 1], [1/2, 5/6, 1, 1], [3/4, 1, 1, 1], [1] * 4],
-            6: [[0] * 6, [1/6, 1/3, 1/2, 2/3, 5/6, 1], [1/3, 3/5, 4/5, 14/15, 1, 1],
-                [1/2, 4/5, 19/20, 1, 1, 1], [2/3, 14/15, 1, 1, 1, 1], [5/6, 1, 1, 1, 1, 1],
-                [1] * 6],
-            64: [[0] * 64, [K / 64 for K in range(1, 65)]]}
-
-
-def right_so_often(rng: Rng, K: int, counts: list[int]) -> Tensor:
-    """r_a of groups, (P, K), of which so many responses are right."""
-    rows = [rng.permutation([1.0] * count + [0.0] * (K - count)) for count in counts]
-    return torch.from_numpy(np.stack(rows)).float()
+MEASURED: dict[int, list[list[float]]] = {
+    4: [[0, 0, 0, 0], [1/4, 1/2, 3/4, 1], [1/2, 5/6, 1, 1], [3/4, 1, 1, 1], [1] * 4],
+    6: [[0] * 6, [1/6, 1/3, 1/2, 2/3, 5/6, 1], [1/3, 3/5, 4/5, 14/15, 1, 1],
+        [1/2, 4/5, 19/20, 1, 1, 1], [2/3, 14/15, 1, 1, 1, 1], [5/6, 1, 1, 1, 1, 1], [1] * 6],
+    64: [[0] * 64, [K / 64 for K in range(1, 65)]]}
 
 
 def test_exercise_02_explore_with_more_samples(rng: Rng) -> None:
@@ -620,6 +616,123 @@ def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
                "learned, neither more nor fewer")
 
 
+def right_so_often(rng: Rng, K: int, counts: list[int]) -> Tensor:
+    """r_a of groups, (P, K), of which so many responses are right."""
+    rows = [rng.permutation([1.0] * count + [0.0] * (K - count)) for count in counts]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def test_exercise_11_explore_where_more_are_right(rng: Rng) -> None:
+    switch_above, K = attempt("switch_above"), int(rng.integers(4, 9))
+    least = [0, *rng.permutation(np.arange(1, K))[:2].tolist()]
+    switches = [answer(switch_above, G, given=f"switch_above({G})") for G in least]
+    for G, switch in zip(least, switches, strict=True):
+        counts = rng.permutation([0, K, G, G + 1, int(rng.integers(K + 1))]).tolist()
+        r_a = right_so_often(rng, K, counts)
+        r_t = torch.from_numpy(rng.permutation(np.linspace(0, 1, 5 * K)).round(1)).view(5, K)
+        r_t[counts.index(0)] = 1.0
+        given = f"switch_above({G}) of r_a {shown(r_a)}, which has {counts} right of {K},"
+        if not callable(switch):
+            refuse(f"switch_above({G}): expected a switch (r_a, r_t) -> (P,), got {switch!r:.200}")
+        got = answer(switch, r_a.clone(), r_t.float(), given=given)
+        flat = is_many(got) and len(got) == 5 and all(len(numbers_of(x)) == 1 for x in got)
+        if not flat or getattr(got, "shape", (5,)) != (5,):
+            refuse(f"{given} expected 5 truth values, one for a prompt, got {shown(got)}")
+        if numbers_of(got) != [float(count > G) for count in counts]:
+            refuse(f"{given}\n  expected {[count > G for count in counts]}\n"
+                   f"  got      {shown(got)}")
+
+
+# Of n rewards so many are the higher of two: the advantages of the higher and of the lower.
+TWO_VALUES = {4: [(1.7321, -0.5774), (1.0, -1.0), (0.5774, -1.7321), (0.0, 0.0)],
+              5: [(2.0, -0.5), (1.2247, -0.8165), (0.8165, -1.2247), (0.5, -2.0), (0.0, 0.0)]}
+
+
+def drawn_step(rng: Rng, K: int, counts: list[int], w_t: float) -> Step:
+    """A step of groups of which so many responses are right, thinking as the trace; others not."""
+    P, low = len(counts), (1 + rng.permutation(6)[:len(counts)]) / 10
+    r_a = right_so_often(rng, K, counts)
+    r_t = torch.where(r_a == 1, 1.0, torch.from_numpy(low).float()[:, None])
+    ids = (7 + rng.permutation(2 * P * K)).tolist()
+    responses = [[Response([ids.pop() for _ in range(1 + k % 2)] + [3], f"{p}, {k}", True, 0.0)
+                  for k in range(K)] for p in range(P)]
+    rewards = r_a + w_t * r_t
+    advantages = group_advantages(rewards)
+    sequences = [Sequence(p, y.ids, advantages[p, k].item() / (K * P), True)
+                 for p, group in enumerate(responses) for k, y in enumerate(group)]
+    examples = [Example(f"q {p}", "7", trace="red 7.", name=f"row {p}") for p in range(P)]
+    return Step(int(rng.integers(100)), examples, (), torch.ones(P, dtype=torch.bool), sequences,
+                responses, r_a, r_t, rewards, advantages)
+
+
+def test_exercise_12_the_reference_joins_the_group(rng: Rng) -> None:
+    join_reference = attempt("join_reference")
+    for w_t in (0.0, 1.0, float(rng.choice([0.5, 2.0]))):
+        K = int(rng.integers(3, 5))
+        counts = rng.permutation([0, K, int(rng.integers(1, K))]).tolist()
+        record, P = drawn_step(rng, K, counts, w_t), len(counts)
+        targets = [[90 + p, 91 + p, int(rng.integers(50, 90)), 3] for p in range(P)]
+        expected: dict[tuple[int, tuple[int, ...]], float] = {}
+        for p, c in enumerate(counts):
+            high, low = (a / ((K + 1) * P) for a in TWO_VALUES[K + 1][c])
+            for k, y in enumerate(record.responses[p]):
+                expected[p, tuple(y.ids)] = high if record.r_a[p, k] == 1 else low
+            expected[p, tuple(targets[p])] = high
+        given = (f"join_reference of a step with rewards {shown(record.rewards)}, and "
+                 f"{1 + w_t} as the reward of a reference,")
+        copy = dataclasses.replace(record, sequences=[*record.sequences])
+        got = answer(join_reference, copy, [[*t] for t in targets], 1 + w_t, given=given)
+        expect_sequences(got, expected, given)
+
+
+def expect_sequences(got: Any, expected: dict[tuple[int, tuple[int, ...]], float],
+                     given: str) -> None:
+    """Refuse unless the sequences, in any order, add up to these weights; zeros may be left out."""
+    if not is_many(got) or not all(isinstance(s, Sequence) for s in got):
+        refuse(f"{given} expected a list of Sequence, got {got!r:.200}")
+    found = dict.fromkeys(expected, 0.0)
+    for s in got:
+        key = int(s.prompt), tuple(int(token) for token in numbers_of(s.ids))
+        if key not in found:
+            refuse(f"{given} expected each response and each reference once, with its prompt's "
+                   f"index; got prompt {s.prompt!r} with the ids {shown(s.ids)}")
+        weight = numbers_of(s.weight)
+        found[key] += weight[0] if len(weight) == 1 else float("nan")
+    for p in sorted({p for p, _ in expected}):
+        keys = [key for key in expected if key[0] == p]
+        expect_numbers([found[key] for key in keys], [expected[key] for key in keys], 2e-3,
+                       f"{given} the weights of prompt {p}'s sequences:")
+
+
+# p of a token, and p (1 - p)
+DOUBT = {0.01: 0.0099, 0.1: 0.09, 0.2: 0.16, 0.5: 0.25, 0.7: 0.21, 0.9: 0.09, 0.99: 0.0099}
+
+
+def test_exercise_13_targets_weighted_by_doubt(rng: Rng) -> None:
+    weigh_by_doubt, K = attempt("weigh_by_doubt"), 3
+    record = drawn_step(rng, K, [1, 2], 1.0)
+    targets = [Sequence(p, [40 + p, int(rng.integers(50, 90)), 3], 1 / 4, False) for p in (2, 3)]
+    mixed = record.sequences + targets
+    mixed = [mixed[i] for i in rng.permutation(len(mixed))]
+    record.examples += [Example("q", "7", name=f"row {p}") for p in (2, 3)]
+    record.explore = torch.tensor([True, True, False, False])
+    record.sequences = [dataclasses.replace(s) for s in mixed]
+    given = "weigh_by_doubt of a step with six sampled responses and two targets:"
+    got = answer(weigh_by_doubt, record, given=given)
+    expected = {(s.prompt, tuple(s.ids)): s.weight for s in mixed}
+    expect_sequences(got, expected, given)
+    p = rng.choice([*DOUBT], (len(got), 3))
+    logprobs = torch.from_numpy(p).log().float()
+    factors = answer(dyme.token_factors, [*got], logprobs, given=f"{given} per_token")
+    for s, row, factor in zip(got, p.tolist(), factors, strict=True):
+        kind = "sampled response" if s.prompt < 2 else "target"
+        if s.explore != (s.prompt < 2):
+            refuse(f"{given} expected explore to stay {s.prompt < 2} in a {kind}, got {s.explore}")
+        wanted = [1.0] * 3 if s.prompt < 2 else [DOUBT[x] for x in row]
+        expect_numbers(factor, wanted, 1e-4, f"{given} the factors of a {kind}'s tokens whose p "
+                       f"are {row}")
+
+
 # ---- The checks themselves, and the text ---------------------------------------------------------
 
 
@@ -646,6 +759,10 @@ WRONG = {  # what is at hand and does not solve the exercise, and a word of the 
         lambda trace, example: reward.thinking_f1(trace, example.trace), "at least 0.2 less"),
     "will_learn": (
         lambda base: [k for k in base if base[k]["any_format"] > 0.9], r"of \d of 3 bases"),
+    "switch_above": (
+        lambda G: lambda r_a, r_t: (r_a == 1).sum(1) >= G, r"expected \[.*\n  got"),
+    "join_reference": (lambda record, targets, reward: record.sequences, r"weights of prompt \d"),
+    "weigh_by_doubt": (lambda record: record.sequences, "factors of a target's tokens"),
 }
 
 
@@ -732,7 +849,44 @@ def test_a_stub_is_skipped_and_an_error_is_told(tmp_path: Path, monkeypatch: Pat
             run_check("sum_loss", 0, tmp_path / said[:5] / text[:3], monkeypatch)
 
 
+@pytest.mark.slow
+def test_grade_scores_a_file_whatever_it_does(tmp_path: Path) -> None:
+    """One that is wrong, one that hangs and catches everything, one that ends the process."""
+
+    def graded(text: str, *flags: str) -> tuple[int, list[str]]:
+        (tmp_path / "mine.py").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-m", "support.grade", *(flags or [str(tmp_path / "mine.py")]),
+             "--seed", "3", "--limit", "4"], cwd=COURSE.parents[1], capture_output=True, text=True)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    code, lines = graded("import os\n"
+                         "from dyme import policy_loss as sum_loss\n"
+                         "def switch_above(G):\n"
+                         "    return lambda r_a, r_t: (r_a == 1).sum(1) > G\n"
+                         "def hack(question):\n"
+                         "    while True:\n"
+                         "        try:\n"
+                         "            hack(question)\n"
+                         "        except BaseException:\n"
+                         "            pass\n"
+                         "def will_learn(base):\n"
+                         "    os._exit(0)\n")
+    assert code == 0
+    verdicts = {line[:2] + line[44:51].strip(): line for line in lines if line[:2].strip()}
+    assert {" 6wrong", " 9wrong", "10wrong", "11right", "12missing"} <= set(verdicts)
+    assert "more than 4 s" in verdicts[" 9wrong"]
+    assert "ends the process" in verdicts["10wrong"]
+    assert lines[-1] == "14 checks, seed 3: 1 right, 3 wrong, 10 missing"
+    for text, flags, said in (("x = (", [], "mine.py cannot be imported: SyntaxError"),
+                              ("", ["nowhere.py"], "error: nowhere.py: no such file")):
+        code, lines = graded(text, *flags)
+        assert (code, len(lines)) == (2, 1)
+        assert said in lines[0]
+
+
 def test_numbers_are_taken_from_any_container() -> None:
+    value: Any
     for value in ([(1, 2.5)], (torch.tensor(1), np.float64(2.5)), torch.tensor([[1], [2.5]]),
                   np.array([1, 2.5])):
         expect_numbers(value, [1, 2.5], 1e-6, "f")
@@ -761,7 +915,7 @@ def test_the_course_has_its_exercises_and_no_flag_that_is_not_there() -> None:
     flags = {settings.flag(field.name) for field in dataclasses.fields(dyme.Config)}
     named = {*re.findall(r"--[a-z][a-z-]+", course)}
     assert [f for f in named - flags if f'"{f}"' not in code and f'"{f[2:]}"' not in code] == []
-    assert len(re.findall(r"^\*\*\d+\. ", course, re.MULTILINE)) == 10
+    assert len(re.findall(r"^\*\*\d+\. ", course, re.MULTILINE)) == 13
     assert "TODO" not in course
 
 
