@@ -1,7 +1,7 @@
 """Tests of dyme.py, eval.py and reward.py: numbers by hand, Eq. 1-8 as written, learning, runs.
 
 On the CPU, offline. Where ../shared is present, with the real SmolVLM processor and real charts.
-`python -m pytest -m "not slow"` leaves out what takes more than three seconds.
+`python -m pytest -m "not slow"` leaves out what takes more than a second.
 """
 
 import contextlib
@@ -1051,6 +1051,7 @@ def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> N
     table = capsys.readouterr().out
     for words in ("2 seeds: mean", "pass@2", "valid_thinking", "accuracy_sum"):
         assert words in table
-    assert len(files.read_jsonl(runs / "s0" / "predictions.jsonl")) == 8
+    rows = files.read_jsonl(runs / "s0" / "predictions.jsonl")
+    assert [row["source"].startswith("new_") for row in rows] == [False] * 8 + [True] * 2
     assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
     assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"

@@ -791,6 +791,7 @@ def test_released_traces_join_rows_of_their_form() -> None:
 # ---- References that can be imitated -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trace_longer_than_the_context_falls_back_and_is_told(
         runs: Path, tiny: Policy, capsys: Capture) -> None:
     found = [{"question": f"Which {i}?", "answer": "red", "hint": "It is red."} for i in range(24)]

@@ -247,6 +247,7 @@ def test_half_precision_samples_and_trains(family: str, dtype: torch.dtype) -> N
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, then", [("False", "True"), ("True", "False")])
 def test_a_run_goes_on_fast_after_plain_and_plain_after_fast(
         runs: Path, monkeypatch: Patch, first: str, then: str) -> None:

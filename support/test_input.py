@@ -45,6 +45,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_touched_unless_asked(runs: Path, capsys: Capture) -> None:
     def refused(says: str, *flags: str) -> bool:
         code = run(runs, "a", *flags)

@@ -276,6 +276,7 @@ def test_charts_are_those_that_say_something(tmp_path: Path) -> None:
     assert [chart["key"] for chart in two if chart["relative"]] == ["memorized", "reward"]
 
 
+@pytest.mark.slow
 def test_a_big_page_is_thinned(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(report, "PAGE_BYTES", 5e5)
     rows = [group_row(step, f"row {step % 370}", step >= 370) for step in range(400)]

@@ -19,6 +19,7 @@ from support import runs as run_folders
 from test_dyme import Capture, Patch, run, same_weights, without_times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dyme", "two-stage"])
 def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: str) -> None:
     flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2",
@@ -46,6 +47,7 @@ def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: 
     assert run(runs, "killed", "--resume") == 0  # a finished run has nothing left to do
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     flags = ["--steps", "4", "--eval-every", "0", "--save-every", "0"]
@@ -93,6 +95,7 @@ def out_of_memory_once(monkeypatch: Patch, call: int) -> None:
     monkeypatch.setattr(dyme, "policy_loss", failing)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     flags = ["--steps", "2", "--prompts", "4", "--eval-every", "0"]
@@ -107,6 +110,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
         assert without_times(runs / "small" / name) == without_times(runs / "halved" / name)
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     out_of_memory_once(monkeypatch, call=4)

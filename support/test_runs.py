@@ -140,6 +140,7 @@ def held(folder: Path) -> Iterator[None]:
         other.wait()
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_and_a_killed_one_lets_go(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
     assert not (runs / "a" / files.LOCK).exists()
@@ -193,6 +194,7 @@ def test_a_run_whose_trace_was_too_long_to_imitate_goes_on(runs: Path, capsys: C
 # ---- A run that starts does not cost the one before ----------------------------------------------
 
 
+@pytest.mark.slow
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0
     mine = ["held-out-mine.jsonl", "best.json", "checkpoint.md", "notes.jsonl", "helper.jsonl"]
@@ -214,6 +216,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys
     assert not left & {"held-out-2.jsonl", run_folders.ASIDE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [
     lambda: fail(UserError("a picture is broken")), lambda: fail(DivergedError("NaN")),
     lambda: fail(KeyError("a bug")), *[lambda number=number: os.kill(os.getpid(), number)
@@ -230,6 +233,7 @@ def test_a_run_that_ends_before_it_saves_brings_the_one_before_back(
     assert "the run that was there before is back" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_saved_keeps_the_one_before_aside(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0
@@ -249,6 +253,7 @@ def test_a_run_that_was_killed_before_it_saved_keeps_the_one_before_aside(
     assert not (runs / "b" / run_folders.ASIDE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [["checkpoint"], ["checkpoint", "best", "metrics.jsonl"],
                                    ["checkpoint", "samples.jsonl", "evaluations.jsonl"]])
 def test_a_kill_among_the_moves_loses_nothing(
@@ -262,6 +267,7 @@ def test_a_kill_among_the_moves_loses_nothing(
     assert written(runs / "a").keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_never_saved_starts_again_and_one_that_has_saved_does_not(
         runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0
@@ -286,6 +292,7 @@ def test_a_start_that_fails_leaves_no_folder(runs: Path, capsys: Capture) -> Non
 # ---- What is saved -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_broken_weights_and_failing_steps_are_not_saved(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def damaged(*names: str) -> Callable[..., Any]:
@@ -313,6 +320,7 @@ def test_broken_weights_and_failing_steps_are_not_saved(
         run_folders.check_weights(frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whither", ["elsewhere", "nowhere"])
 def test_a_checkpoint_that_is_a_link_is_followed_and_replaced(
         runs: Path, capsys: Capture, whither: str) -> None:
@@ -334,6 +342,7 @@ def test_a_checkpoint_that_is_a_link_is_followed_and_replaced(
     assert not (runs / "a" / "checkpoint.old").is_symlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [
     lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:5000]),
     lambda file: file.write_bytes(b""), lambda file: file.write_text("text"),
@@ -390,6 +399,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     assert saved_step(runs / "a") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_closed_terminal_or_a_full_log_ends_no_run(
         runs: Path, monkeypatch: Patch, capsys: Capture, stream: str) -> None:

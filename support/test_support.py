@@ -73,6 +73,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
     assert summary["accuracy"] <= 0.1
 
 
+@pytest.mark.slow
 def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(make_toy_base, "STEPS", 3)
     monkeypatch.setattr(make_toy_base, "BATCH", 8)
@@ -259,6 +260,7 @@ def test_a_missing_tensorboard_is_told_before_the_run(
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_number(runs: Path, monkeypatch: Patch) -> None:
     written, opened = [], []
 
@@ -312,6 +314,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[set[str]]:
     return stages
 
 
+@pytest.mark.slow
 def test_extras_are_loaded_where_their_flag_is_read(loaded: list[set[str]]) -> None:
     plain, switched, fast, helped = loaded
     assert len(plain) <= 10, sorted(plain)

@@ -89,6 +89,7 @@ def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> Non
     assert summary["thinking_judged"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [
     " " * 50_000, "1 + " * 20_000 + "= 3", "Answer: -" + " " * 50_000 + "x", "(" * 50_000,
     "1" * 50_000,
