@@ -31,6 +31,8 @@ CHARTS = (  # section, title, unit, key; axis: of a share from 0 to 1, "top" fro
     (HELD_OUT, "Valid thinking", "share right for the right reasons", "valid_thinking", "share"),
     (HELD_OUT, "Groundedness", "share of quoted numbers that are in the image; the axis does not "
      "start at 0", "groundedness", "top"),
+    (HELD_OUT, "New combinations", "share right, of questions that training never asks",
+     "accuracy_new", "share"),
     (SWITCH, "Share memorized (Fig. S2)", "prompts, SFT / (SFT + RL)", "memorized", "share"),
     (SWITCH, "Groups without a right response", "share of groups; no collapse of advantages yet, "
      "as long as their r_t differ", "none_correct", "share"),
@@ -216,7 +218,7 @@ def charts(runs: list[Run], shown: list[Row]) -> list[Row]:
     by_kind = [(KIND, f"Accuracy: {kind}", "of held-out rows", f"accuracy_{kind}", "share")
                for kind in kinds]
     with_format, found, seen = any(run.cfg["format_weight"] for run in runs), [], []
-    for section, title, unit, key, axis in [*CHARTS[:3], *by_kind, *CHARTS[3:]]:
+    for section, title, unit, key, axis in [*CHARTS[:4], *by_kind, *CHARTS[4:]]:
         evaluated = section in (HELD_OUT, KIND)
         curves = [one["evaluations" if evaluated else "metrics"].get(key, []) for one in shown]
         values = {value for curve in curves for value in curve if value is not None}

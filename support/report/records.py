@@ -84,7 +84,6 @@ def read_run(folder: Path, name: str) -> Run:
     cfg, lost = settings.read(folder, Config), Counter[str]()
     if wrong := [key for key, shape in CONFIG.items() if not fits(cfg[key], shape)]:
         raise UserError(f"{folder / 'config.json'}: `{wrong[0]}` is {str(cfg[wrong[0]])[:60]}")
-    cfg["by_eq_6"] = cfg["mode"] == "dyme" and cfg["switch"] == "any-correct"
     cfg["helper_rates"] = bool(cfg["helper_url"]) and not cfg["no_checker"]  # r_t is the helper's
 
     def rows(name: str, shape: Row, numbers: bool = False) -> list[Row]:
@@ -94,6 +93,9 @@ def read_run(folder: Path, name: str) -> Run:
     for group in groups:
         group["right"] = sum(response["r_a"] > 0 for response in group["responses"])
         group["explores"] = group["mode"] in ("exploration", "both")
+    # A switch that was replaced in Python is in no setting, but its groups show it.
+    cfg["by_eq_6"] = cfg["mode"] == "dyme" and cfg["switch"] == "any-correct" and all(
+        group["explores"] == (group["right"] > 0) for group in groups)
     for row in metrics:
         row["seconds"] = sum(value for key, value in row.items() if key.startswith("seconds_"))
     evaluations = rows("evaluations", STEP, numbers=True)

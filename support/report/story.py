@@ -44,7 +44,8 @@ def moved(first: float, last: float) -> str:
 def hardest_kinds(evaluations: list[Row]) -> list[str]:
     """The kinds of question (sources), the one that the base was worst at first."""
     first = evaluations[0] if evaluations else {}
-    kinds = [key.removeprefix("accuracy_") for key in first if key.startswith("accuracy_")]
+    kinds = [key.removeprefix("accuracy_") for key in first
+             if key.startswith("accuracy_") and not key.startswith("accuracy_new")]
     # In any format, where that is known: a base may be wrong in its form alone.
     return sorted(kinds, key=lambda k: first.get(f"any_format_{k}") or first[f"accuracy_{k}"])
 
@@ -63,7 +64,8 @@ def explain_mode(cfg: Row, group: Row) -> str:
     if cfg["mode"] != "dyme":
         why = "; GRPO compares the responses in any case"
     elif not cfg["by_eq_6"]:
-        why = f"; --switch {cfg['switch']} decides"
+        why = ("; a switch of its own decides" if cfg["switch"] == "any-correct" else
+               f"; --switch {cfg['switch']} decides")
     elif count:
         why = ": the responses are compared with each other (Eq. 6)"
     else:
