@@ -91,6 +91,7 @@ class Config:
     augmented: bool = flag(False, "chartqa: machine-written questions too")
     image_edge: int = flag(0, "longest edge in pixels (0: the model's)")
     train_vision: bool = flag(False, "train the vision tower too")
+    precision: Literal["auto", "float32", "bf16"] = flag("auto", "of passes; auto: half on CUDA")
     plain: bool = flag(False, "without support/fast.py")
     eval_every: int = flag(150, "steps between evaluations (0: first and last)")
     eval_rows: int = flag(512, "held-out rows in an evaluation")
@@ -263,15 +264,10 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     if tokenizer.pad_token_id is None:  # Llama's tokenizers name none; masked, any token will do
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(end_ids))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    # Half precision for forward passes on CUDA. The weights stay float32: in bf16 a step of 1e-5
-    # would be lost in rounding.
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    if device.type == "cuda":
-        autocast = functools.partial(torch.autocast, "cuda", dtype=parallel.half_precision())
     # No dropout, for good: in the update it would train responses under another distribution than
     # the one they were sampled from.
     return Policy(model.eval(), processor, tokenizer, sorted(end_ids), tokenizer.pad_token_id,
-                  device, limit, autocast, rollout, sequence_logprobs, image_edge)
+                  device, limit, parallel.autocast(device), rollout, sequence_logprobs, image_edge)
 
 
 # ---- Prompts and targets: the model's own chat template renders both -----------------------------
@@ -972,6 +968,7 @@ def load_checkpoint(run: Path, trainer: Trainer) -> int:
 
 def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     """Set up what trains, and attach the extras that the settings ask for. Raises UserError."""
+    policy = replace(policy, autocast=parallel.autocast(policy.device, cfg.precision))
     if not cfg.plain:
         policy = extra("fast").speed_up(policy)
     if not cfg.train_vision:
@@ -979,7 +976,8 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
-    trainer = Trainer(cfg, policy, optimizer, parallel.gradient_scaler(policy.device))
+    scaler = parallel.gradient_scaler(policy.device, cfg.precision)
+    trainer = Trainer(cfg, policy, optimizer, scaler)
     if dist.is_initialized():
         trainer.together = parallel.errors_shared
     if cfg.mode in ("grpo", "two-stage"):
@@ -1057,7 +1055,8 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
     """`encode_prompts` in a thread, with its own processor; ready for the device."""
     on_cpu = replace(policy, device=torch.device("cpu"), processor=processor)
     inputs = encode_prompts(on_cpu, examples, room, prompt)
-    return parallel.for_device(inputs, policy.device)
+    with policy.autocast():
+        return parallel.for_device(inputs, policy.device)
 
 
 def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:

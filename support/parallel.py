@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import functools
 import os
 import resource
 import sys
@@ -47,15 +48,30 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def half_precision() -> torch.dtype:
-    """bfloat16 where the GPU computes in it, float16 (with a gradient scaler) on older ones."""
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+def resolve_precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """The precision of forward passes: float32 on a CPU, unless bf16 is asked for.
+
+    On a GPU bfloat16 where it computes in it, float16 (with a gradient scaler) on older ones.
+    """
+    if wanted == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def gradient_scaler(device: torch.device) -> torch.amp.GradScaler:
+def autocast(device: torch.device, wanted: str = "auto"
+             ) -> Callable[[], contextlib.AbstractContextManager]:
+    """What makes the context of forward passes. The weights stay float32 in any case."""
+    # In bf16 a step of 1e-5 would be lost in rounding.
+    dtype = resolve_precision(device, wanted)
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, device.type, dtype)
+
+
+def gradient_scaler(device: torch.device, wanted: str = "auto") -> torch.amp.GradScaler:
     """A scaler, which does something only where gradients are made in float16."""
-    needed = device.type == "cuda" and half_precision() == torch.float16
+    needed = resolve_precision(device, wanted) == torch.float16
     return torch.amp.GradScaler(device.type, enabled=needed)
 
 
@@ -162,9 +178,10 @@ def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU."""
     if device.type != "cuda":
         return inputs
-    # The tower computes in half precision: it would round the pixels too. Their mask is nearly as
-    # large as they are, as int64.
-    smaller = {"pixel_values": half_precision(), "pixel_attention_mask": torch.bool}
+    # The mask of the pixels is nearly as large as they are, as int64.
+    smaller = {"pixel_attention_mask": torch.bool}
+    if torch.is_autocast_enabled("cuda"):  # the tower would round the pixels too
+        smaller["pixel_values"] = torch.get_autocast_dtype("cuda")
     # Pinned, because another copy makes the CPU wait.
     return {name: x.to(smaller.get(name, x.dtype)).pin_memory() for name, x in inputs.items()}
 

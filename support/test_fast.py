@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dyme
 from dyme import Policy, Response, Sequence
 from reward import Example
-from support import fast
+from support import fast, parallel, toy
 from support.make_toy_base import new_policy
 from test_dyme import (
     CONNECTOR,
@@ -218,6 +218,33 @@ def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
         fast.sample(policy.model, prefixes, torch.rand(8, 8), [-1], 0, 1.0)
     assert len(copies) == 12
     assert alive == [0] * 7
+
+
+def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    resolve = parallel.resolve_precision
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert [resolve(cpu), resolve(cuda)] == [torch.float32, torch.float16]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for device in (cpu, cuda):
+        assert [resolve(device, "float32"), resolve(device, "bf16")] == [
+            torch.float32, torch.bfloat16]
+    assert resolve(cuda) == torch.bfloat16
+
+
+def test_bf16_gives_about_the_gradients_of_float32_and_keeps_float32_weights() -> None:
+    def step(precision: str) -> dict[str, Tensor]:
+        trainer = dyme.make_trainer(dyme.Config(precision=precision), new_policy(0))
+        with Patch.context() as patch:
+            patch.setattr(dyme, "apply_gradients", lambda *_: {})
+            dyme.sft_step(trainer, toy.make_examples("train", "high")[:8], 0, 0.0)
+        assert {p.dtype for p in trainer.policy.model.parameters()} == {torch.float32}
+        return gradients(trainer.policy.model)
+
+    exact, rounded = step("float32"), step("bf16")
+    assert not all(torch.equal(exact[name], rounded[name]) for name in exact)
+    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, rounded))
+    assert F.cosine_similarity(a, b, dim=0) > 0.999
 
 
 @half

@@ -139,12 +139,16 @@ def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
 def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: Patch) -> None:
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    monkeypatch.setattr(parallel, "half_precision", lambda: torch.bfloat16)
     mask = torch.ones(1, 4, 4, dtype=torch.int64)
     inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4),
               "pixel_attention_mask": mask}
     assert parallel.for_device(inputs, torch.device("cpu")) is inputs
-    ready = parallel.for_device(inputs, torch.device("cuda"))
+    cuda = torch.device("cuda")
+    assert parallel.for_device(inputs, cuda)["pixel_values"].dtype == torch.float32
+    pinned.clear()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    ready = parallel.for_device(inputs, cuda)
     assert ready["pixel_values"].dtype == torch.bfloat16
     assert ready["input_ids"].dtype == torch.int64
     assert ready["pixel_attention_mask"].dtype == torch.bool
