@@ -42,21 +42,10 @@ def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
 def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> None:
     facts = {e.facts for split in ("train", "val", "test") for e in toy.make_examples(split)}
     lessons = [lesson for lesson, _ in toy.lessons(0, 3400, 0.0, dyme.PROMPT)]
-    asked = [lesson.question for lesson in lessons]
-    # Numbers are added and subtracted, bars never are.
-    assert any(re.search("the sum of [1-9] and [1-9]", question) for question in asked)
-    assert not any(re.search("of [a-z]+ and|taller", question) for question in asked)
+    assert not any(re.search("sum of|taller", lesson.question) for lesson in lessons)
     charts = {lesson.image.__self__.facts() for lesson in lessons}
     assert len(charts) == 3400
     assert charts.isdisjoint(facts)
-    heights = [[*lesson.image.__self__.values.values()] for lesson in lessons]
-    repeated = [len({*of_chart}) == 3 for of_chart in heights]
-    assert 0.27 < sum(repeated) / 3400 < 0.33
-    for lesson, of_chart in zip(lessons, heights, strict=True):  # and the question has one answer
-        if "tallest" in lesson.question:
-            assert of_chart.count(max(of_chart)) == 1
-        if "shortest" in lesson.question:
-            assert of_chart.count(min(of_chart)) == 1
     left_to_chance = {chart.facts() for chart in toy.random_charts([4, 0], 3400)}
     assert not left_to_chance.isdisjoint(facts)
 
@@ -86,29 +75,10 @@ def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch) 
     assert any(not torch.equal(fresh[name], taught[name]) for name in fresh)
 
 
-def test_training_never_adds_or_subtracts_a_withheld_pair_of_heights() -> None:
-    def pairs(split: str) -> set[tuple[int, ...]]:
-        rows = [e for e in toy.make_examples(split) if e.source in ("sum", "difference")]
-        heights = [dict(pair.split() for pair in e.facts.split(", ")) for e in rows]
-        asked = [[h[name] for name in h if name in e.question] for e, h in zip(rows, heights,
-                                                                               strict=True)]
-        return {tuple(sorted(map(int, pair))) for pair in asked}
-
-    every = set(itertools.combinations(range(1, 10), 2))
-    assert pairs("train") == every - toy.WITHHELD
-    assert pairs("test") == every
-    for result in (sum, lambda pair: pair[1] - pair[0]):  # each occurs with other pairs
-        assert {*map(result, toy.WITHHELD)} <= {*map(result, pairs("train"))}
-
-
 def test_new_combinations_are_what_their_names_say() -> None:
     values, rng = {"red": 2, "blue": 6, "green": 9, "cyan": 1}, np.random.default_rng(0)
     asked = {kind: [toy.new_question(kind, values, rng) for _ in range(60)] for kind in toy.NEW}
     found = {kind: {(e.question, e.answer) for e in asked[kind] if e} for kind in toy.NEW}
-    # Of these heights only 2 and 6, and 6 and 9, are withheld.
-    assert {a for _, a in found["withheld_sum"]} == {"8", "15"}
-    assert found["withheld_difference"] == {("How much taller is blue than red?", "4"),
-                                            ("How much taller is green than blue?", "3")}
     assert {a for _, a in found["equal_sum"]} == {"2", "4", "12", "18"}
     assert {a for _, a in found["equal_difference"]} == {"0"}
     assert ("What is the sum of red, blue and cyan?", "9") in found["three_sum"]
