@@ -69,7 +69,8 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
 
 def held_out(data: str, examples: list[Example], count: int) -> list[Example]:
     """Rows to evaluate on: `count` spread over a split; on the toy also combinations new to it."""
-    return spread(examples, count) + (spread(toy.make_new(), count // 4) if data == "toy" else [])
+    rows = spread(examples, count)
+    return rows + (spread(toy.make_new(), len(rows) // 4) if data == "toy" else [])
 
 
 def is_made(data: str) -> bool:
