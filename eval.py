@@ -30,7 +30,8 @@ COLUMNS = {"accuracy": "accuracy", "any_format": "any_format", "official": "offi
            "valid_thinking": "valid", "in_format": "in_format", "groundedness": "grounded",
            "length": "length"}
 OTHERS = ("official_", "any_match", "multiple_choice", "pass@", "majority@")
-PROMPTS = {"think": PROMPT, "bare": "{question}",  # the paper's base rows are asked directly
+PROMPTS = {"think": PROMPT, "bare": "{question}",
+           # The base rows of the paper's main table are asked so.
            "direct": "{question}\nAnswer with nothing but a word, a number or a short phrase."}
 
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--best", action="store_true", help="a run's best weights by val, not last")
     add("--data", "", "as for dyme.py [a run's own data, else toy]")
     parser.add_argument("--prompt", choices=PROMPTS, default="think",
-                        help="ask for thinking and the format, for the answer, for nothing [think]")
+                        help="ask for thinking and the format, as it is, or for the answer [think]")
     add("--samples", 0, "k: also sample k responses, for pass@k and majority@k")
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [toy, sums: a run's own, else 1024]")

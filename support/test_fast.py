@@ -158,6 +158,17 @@ def test_samples_are_the_plain_ones(kind: str, temperature: float) -> None:
         assert len({len(y.ids) for y in ours}) > 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_wider_than_the_tokens_so_far_samples_the_same(
+        kind: str, monkeypatch: Patch) -> None:
+    """As on a GPU, where it is widened by 128 tokens at a time: what is empty yet is not seen."""
+    inputs, widen = pad_batch(make_prompts(kind)), fast.Decoder.widen
+    uniforms = dyme.keyed_uniforms(0, 0, range(3), 4, 24)
+    monkeypatch.setattr(fast.Decoder, "widen", lambda self, _: widen(self, 128))
+    expected, ours = (p.rollout(p, [inputs], uniforms, 4, 1.0) for p in both(kind))
+    assert_same(ours, expected)
+
+
 def test_sampling_ends_with_the_last_response() -> None:
     inputs = pad_batch(make_prompts("llama"))
     for policy in both("llama"):
@@ -230,6 +241,15 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
         assert [resolve(device, "float32"), resolve(device, "bf16")] == [
             torch.float32, torch.bfloat16]
     assert resolve(cuda) == torch.bfloat16
+
+
+def test_gradients_are_scaled_in_float16_alone(monkeypatch: Patch) -> None:
+    half = {"auto": torch.float16}
+    monkeypatch.setattr(parallel, "resolve_precision",
+                        lambda device, wanted="auto": half.get(wanted, torch.float32))
+    for precision, scaled in (("auto", True), ("float32", False)):
+        trainer = dyme.make_trainer(dyme.Config(precision=precision, plain=True), new_policy(0))
+        assert trainer.scaler.is_enabled() == scaled
 
 
 def test_bf16_gives_about_the_gradients_of_float32_and_keeps_float32_weights() -> None:

@@ -1,5 +1,6 @@
 """Several processes train and evaluate as one; devices; threads that prepare inputs."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import dyme
 from reward import Example
 from support import UserError, files, parallel
-from test_dyme import HERE, Patch, near, without_times
+from test_dyme import HERE, Capture, Patch, near, run, without_times
 
 DRIVER = """
 import dataclasses, os, sys
@@ -120,6 +121,30 @@ def test_processes_share_prompts(monkeypatch: Patch) -> None:
         shares += [*dyme.share(8)]
         assert len(dyme.share(8)) in (2, 3)
     assert shares == [*range(8)]
+
+
+def test_processes_that_differ_in_flags_or_rows_are_refused(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def gather(value: Any) -> list[Any]:
+        if isinstance(value, tuple):  # settings and rows; here, as if another process had others
+            return [value, (dataclasses.replace(value[0], seed=7), value[1])]
+        return [value]
+
+    monkeypatch.setattr(parallel, "gather", gather)
+    assert run(runs, "a", "--steps", "1") == 2
+    assert "differ in their flags or rows" in capsys.readouterr().err
+    assert not (runs / "a").exists()
+
+
+def test_a_gradient_that_no_process_has_stays_away(monkeypatch: Patch) -> None:
+    ours, theirs, nobodys = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    ours.grad = torch.ones(2)
+    monkeypatch.setattr(parallel, "gather", lambda used: [used, [False, True, False]])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda gradient: gradient.add_(3))
+    parallel.sum_gradients([ours, theirs, nobodys])
+    assert torch.equal(ours.grad, torch.full((2,), 4.0))
+    assert torch.equal(theirs.grad, torch.full((2,), 3.0))
+    assert nobodys.grad is None  # else AdamW would decay it
 
 
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
