@@ -247,6 +247,8 @@ INTERN = {"image_token_id": IMAGE, "image_seq_length": 1,
 SETTINGS = {"idefics3": SMOL, "smolvlm": SMOL, "llava_onevision": LLAVA, "qwen2_5_vl": QWEN,
             "internvl": INTERN}
 FAMILIES = [*SETTINGS]
+# The first is enough while working on something else.
+EACH_FAMILY = [FAMILIES[0], *(pytest.param(family, marks=slow) for family in FAMILIES[1:])]
 CONNECTOR = "connector|projector|merger"
 
 
@@ -357,7 +359,7 @@ def summed(policy: Policy, batches: list[Inputs], sequences: list[Sequence],
 
 
 @pytest.mark.parametrize("micro_batch", [3, 2, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_the_loss_and_its_gradient_are_the_specifications(family: str, micro_batch: int) -> None:
     model = tiny_family(family)
     prompts = [family_inputs(family, text, i) for i, text in enumerate(PROMPTS)]
@@ -370,7 +372,7 @@ def test_the_loss_and_its_gradient_are_the_specifications(family: str, micro_bat
     assert_close(ours, gradients(model), 1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_log_probs_are_those_of_one_forward_pass(family: str) -> None:
     model = tiny_family(family)
     prompts = [family_inputs(family, text, i) for i, text in enumerate(PROMPTS)]
@@ -385,7 +387,7 @@ def test_log_probs_are_those_of_one_forward_pass(family: str) -> None:
         assert torch.allclose(row[:len(s.ids)], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_sampled_ids_and_entropies_are_those_of_one_forward_pass(family: str) -> None:
     model = tiny_family(family)
     prompts = [family_inputs(family, text, i) for i, text in enumerate(PROMPTS)]
@@ -414,6 +416,7 @@ def examples() -> list[Example]:
 # ---- Rollout -------------------------------------------------------------------------------------
 
 
+@slow
 def test_greedy_sampling_is_generate(tiny: Policy, examples: list[Example]) -> None:
     inputs, pad = dyme.encode_prompts(tiny, examples[:6], 20), tiny.pad_id
 
@@ -529,6 +532,7 @@ def test_the_real_smolvlm_processor(examples: list[Example]) -> None:
     assert inputs["input_ids"][0, -1] == inputs["input_ids"][1, -1]
 
 
+@slow
 def test_an_image_edge_bounds_the_tiles_of_internvl() -> None:
     # Its image processor alone: the whole processor cannot be made without torchvision.
     wide, model = Image.new("RGB", (1600, 800)), tiny_family("internvl")
@@ -540,6 +544,7 @@ def test_an_image_edge_bounds_the_tiles_of_internvl() -> None:
         assert len(images(wide).pixel_values) == tiles
 
 
+@slow
 def test_a_tokenizer_without_a_pad_token_pads_all_the_same(examples: list[Example]) -> None:
     model, processor = new_policy(0).model, new_policy(0).processor
     expected = dyme.encode_prompts(dyme.make_policy(model, processor, CPU), examples[:4], 0)
@@ -551,6 +556,7 @@ def test_a_tokenizer_without_a_pad_token_pads_all_the_same(examples: list[Exampl
     assert (inputs["attention_mask"] == 0).any()  # the prompts differ in length
 
 
+@slow
 def test_a_template_that_opens_the_thinking_itself_is_named(
         tiny: Policy, examples: list[Example]) -> None:
     processor = new_policy(0).processor
@@ -579,6 +585,7 @@ def test_a_folder_that_is_missing_is_no_hub_id(tmp_path: Path, monkeypatch: Patc
         evaluation.main(["--model", "runs/nope"])
 
 
+@slow
 def test_a_missing_template_and_a_missing_package_are_one_line(
         tiny: Policy, monkeypatch: Patch) -> None:
     processor = new_policy(0).processor
@@ -846,7 +853,7 @@ def test_a_trainer_freezes_the_vision_tower_unless_asked(tiny: Policy) -> None:
     assert all(p.requires_grad for p in trainer.policy.model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_one_step_trains_any_family_with_its_vision_tower_frozen(family: str) -> None:
     model = tiny_family(family, torch.float32)
     trainer = dyme.make_trainer(Config(generations=3, plain=True), bare_policy(model))
@@ -951,10 +958,12 @@ def test_exploration_alone_raises_accuracy(tiny: Policy, examples: list[Example]
     trainer, rows = dyme.make_trainer(cfg, policy), examples[:8]
     for step in range(25):
         dyme.sft_step(trainer, rows, step, 2e-3)
-    log = [dyme.train_step(trainer, rows, step, 3e-4).metrics["accuracy"] for step in range(80)]
+    log: list[float] = []
+    while len(log) < 20 or len(log) < 80 and np.mean(log[-10:]) < np.mean(log[:10]) + 0.12:
+        log.append(dyme.train_step(trainer, rows, len(log), 3e-4).metrics["accuracy"])
     start, end = np.mean(log[:10]), np.mean(log[-10:])
     assert 0.1 < start < 0.6
-    assert end > start + 0.08
+    assert end >= start + 0.12, len(log)
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -1044,6 +1053,7 @@ def evaluate(*arguments: str) -> int:
     return run_folders.run_main(lambda: evaluation.main([*arguments]))
 
 
+@slow
 def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> None:
     for seed in ("0", "1"):
         assert run(runs, f"s{seed}", "--steps", "3", "--seed", seed) == 0

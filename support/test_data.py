@@ -684,6 +684,7 @@ def test_geo170k_and_mathverse_are_read_as_published(tmp_path: Path) -> None:
         data.load_data(f"mathverse:{tmp_path}", "train")
 
 
+@pytest.mark.slow
 @needs_real
 def test_references_of_mathverse_are_right_against_themselves() -> None:
     found = data.load_data(f"mathverse:{REAL / 'mathverse'}", "test")
@@ -843,6 +844,7 @@ def test_a_models_own_code_is_never_run_nor_asked_for(tmp_path: Path, monkeypatc
 # ---- Commands ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eval_takes_its_flags_in_any_order_and_can_ask_directly(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "1") == 0

@@ -24,7 +24,7 @@ from test_dyme import (
     CONNECTOR,
     CORRECT,
     CPU,
-    FAMILIES,
+    EACH_FAMILY,
     PROMPTS,
     SEQUENCES,
     TEXT,
@@ -43,7 +43,7 @@ from test_dyme import (
     tiny_family,
 )
 
-KINDS = [*FAMILIES, "llama"]  # the last one is text only
+KINDS = [*EACH_FAMILY, "llama"]  # the last one is text only
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
@@ -201,6 +201,7 @@ def test_prompts_whose_responses_have_ended_are_left_out(kind: str) -> None:
     assert rows[-1] == 1
 
 
+@pytest.mark.slow
 def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Example]) -> None:
     dones, weights = [], []
     for plain in (True, False):
@@ -243,6 +244,7 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
     assert resolve(cuda) == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_gradients_are_scaled_in_float16_alone(monkeypatch: Patch) -> None:
     half = {"auto": torch.float16}
     monkeypatch.setattr(parallel, "resolve_precision",
@@ -252,6 +254,7 @@ def test_gradients_are_scaled_in_float16_alone(monkeypatch: Patch) -> None:
         assert trainer.scaler.is_enabled() == scaled
 
 
+@pytest.mark.slow
 def test_bf16_gives_about_the_gradients_of_float32_and_keeps_float32_weights() -> None:
     def step(precision: str) -> dict[str, Tensor]:
         trainer = dyme.make_trainer(dyme.Config(precision=precision), new_policy(0))
@@ -268,7 +271,7 @@ def test_bf16_gives_about_the_gradients_of_float32_and_keeps_float32_weights() -
 
 
 @half
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_half_precision_samples_and_trains(family: str, dtype: torch.dtype) -> None:
     """What CUDA does, tried on the CPU: under autocast keys and values come in two precisions."""
     policy = fast.speed_up(bare_policy(tiny_family(family, torch.float32)))
@@ -398,7 +401,7 @@ def test_a_model_is_sped_up_once(tiny: Policy) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_grouped_attention_is_transformers_own(family: str, dtype: torch.dtype | None) -> None:
     exact, results = torch.float64 if dtype is None else torch.float32, []
     inputs = pad_batch(make_prompts(family, exact))
@@ -459,7 +462,7 @@ def encode_twice(model: torch.nn.Module, batch: Inputs) -> tuple[int, dict[str, 
     return len(passes), {"logprobs": logprobs.detach()} | gradients(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_images_are_encoded_once_and_change_no_gradient(family: str) -> None:
     model, batch = tiny_family(family), pad_batch(make_prompts(family))
     dyme.freeze_vision(model)
@@ -477,7 +480,7 @@ def test_images_are_encoded_once_and_change_no_gradient(family: str) -> None:
     assert not torch.allclose(changed["logprobs"], ours["logprobs"])  # other images are encoded
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_what_comes_after_the_tower_is_not_kept(family: str) -> None:
     """Or the graph of the connector would stay in memory with the pixels."""
     model, batch, made = tiny_family(family), pad_batch(make_prompts(family)), []
@@ -491,7 +494,7 @@ def test_what_comes_after_the_tower_is_not_kept(family: str) -> None:
     assert [output() for output in made] == [None, None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_tower_that_trains_runs_every_time(family: str) -> None:
     model, batch = tiny_family(family), pad_batch(make_prompts(family))
     fast.encode_images_once(model)
@@ -500,7 +503,7 @@ def test_a_tower_that_trains_runs_every_time(family: str) -> None:
     assert any("vision" in name or "visual" in name for name in found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_nothing_of_an_image_is_kept_once_its_pixels_are_gone(family: str) -> None:
     model, batch, outputs = tiny_family(family), pad_batch(make_prompts(family)), []
     model.requires_grad_(False)

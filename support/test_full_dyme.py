@@ -230,6 +230,7 @@ def test_thinking_before_a_reply_is_none_of_it(reply: str, rest: str) -> None:
 # ---- What is asked -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_toys_scripted_helper_writes_and_rates_by_the_facts(tmp_path: Path) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), toy_helper.Chat)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -407,6 +408,7 @@ def test_the_start_check_names_a_monologue(chat: Any, tmp_path: Path, capsys: Ca
     assert "cut off before the reply began (finish_reason length)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reply_that_is_kept_is_no_sign_of_life(chat: Any, tmp_path: Path) -> None:
     chat.script = by_task("high", f"{GOOD}\nAnswer: 4")
     attach(chat, tmp_path).closing.close()
@@ -495,6 +497,7 @@ def test_one_thread_and_a_few_connections_send_many_requests(chat: Any, connect:
     assert chat.connections <= 3
 
 
+@pytest.mark.slow
 def test_faults_that_may_pass_are_tried_again(chat: Any, connect: Any) -> None:
     replies = [500, b"<html>", "ready"]
     chat.script = lambda *_: replies.pop(0)
@@ -503,6 +506,7 @@ def test_faults_that_may_pass_are_tried_again(chat: Any, connect: Any) -> None:
     assert helper.counts["helper_calls"] == 3
 
 
+@pytest.mark.slow
 def test_a_dead_helper_is_left_alone_for_longer_and_longer(
         chat: Any, connect: Any, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(full_dyme, "PATIENCE", 0.1)
@@ -521,6 +525,7 @@ def test_a_dead_helper_is_left_alone_for_longer_and_longer(
     assert helper.failed_in_a_row == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_for_time_gets_it(chat: Any, connect: Any) -> None:
     chat.script = lambda *_: (429, {}, {"Retry-After": "1"}) if len(chat.seen) == 1 else "ready"
     start = time.monotonic()
@@ -581,6 +586,7 @@ def test_each_fault_is_named_in_a_line(
     assert "\n" not in helper.reason and len(helper.reason) < 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply", [
     b"HTTP/1.0 200 OK" + b" " * 99, b"HTTP/1.0 200 OK\r\nX: y\r\n" + b"X: y\r\n" * 99,
     b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 99])
@@ -708,6 +714,7 @@ def toys(text: str, _: Any) -> str:
     return toy_helper.toy_helper(text)
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_it_asks(chat: Any, monkeypatch: Patch, tmp_path: Path) -> None:
     chat.script = toys
     flags = ["--steps", "1", "--switch", "explore", "--no-refiner"]
@@ -717,6 +724,7 @@ def test_a_run_counts_what_it_asks(chat: Any, monkeypatch: Patch, tmp_path: Path
     assert row["helper_failures"] == row["helper_false_traces"] == 0
 
 
+@pytest.mark.slow
 def test_a_helper_that_dies_costs_no_run(chat: Any, monkeypatch: Patch, tmp_path: Path) -> None:
     chat.script = lambda text, _: "high" if len(chat.seen) < 3 else 401
     flags = ["--steps", "2", "--switch", "memorize"]
@@ -726,6 +734,7 @@ def test_a_helper_that_dies_costs_no_run(chat: Any, monkeypatch: Patch, tmp_path
     assert sum(row["helper_failures"] for row in rows) >= 4
 
 
+@pytest.mark.slow
 def test_a_helper_that_is_down_is_one_line_and_leaves_no_run(
         chat: Any, monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
     chat.script = lambda *_: 401

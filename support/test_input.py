@@ -109,6 +109,7 @@ def test_running_out_of_memory_says_which_flags_lower_it(capsys: Capture) -> Non
     assert "--micro-batch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Capture) -> None:
     questions = [f"Which bar\u2028 is the tallest? {i}" for i in range(12)]
     rows = [json.dumps({"question": q, "answer": "red"}, ensure_ascii=False) for q in questions]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import dyme
+import eval as evaluation
 from reward import Example
-from support import UserError, files, parallel
+from support import UserError, files, parallel, toy
 from test_dyme import HERE, Capture, Patch, near, run, without_times
 
 DRIVER = """
@@ -42,21 +44,33 @@ sys.exit(dyme.main())
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def start(runs: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the driver in one process, or in two by torchrun; the finished process."""
-    (runs / "driver.py").write_text(DRIVER)
-    launch = TORCHRUN if processes == 2 else []
+def in_two(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the driver in two processes, by torchrun."""
+    (folder / "driver.py").write_text(DRIVER)
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launch, "driver.py", *flags], cwd=runs, check=False,
-                          env=environment, text=True, capture_output=True, timeout=120)
+    return subprocess.run([sys.executable, *TORCHRUN, "driver.py", *flags], cwd=folder,
+                          env=environment, check=False, text=True, capture_output=True, timeout=120)
+
+
+def alone(folder: Path, monkeypatch: Patch, *flags: str) -> None:
+    """Run the driver in this process."""
+    with monkeypatch.context() as patch:
+        for place, name in ((dyme, "verify"), (dyme, "policy_loss"), (toy, "SPLITS")):
+            patch.setattr(place, name, getattr(place, name))  # so that the driver's end with it
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["driver.py", *flags])
+        (folder / "driver.py").write_text(DRIVER)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path("driver.py")
+    assert not ended.value.code
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dyme", "sft"])
-def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
-    for name, processes in (("one", 1), ("two", 2)):
-        done = start(tmp_path, processes, "--out", name, "--mode", mode)
-        assert done.returncode == 0, done.stderr
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: Patch, mode: str) -> None:
+    alone(tmp_path, monkeypatch, "--out", "one", "--mode", mode)
+    done = in_two(tmp_path, "--out", "two", "--mode", mode)
+    assert done.returncode == 0, done.stderr
     one, two = (without_times(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == 3
     if mode == "dyme":
@@ -73,28 +87,28 @@ def test_two_processes_train_as_one(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
-    program = [str(HERE / "eval.py"), "tiny", "--limit", "7", "--samples", "2", "--device", "cpu"]
-    results = []
-    for name, launcher in (("one", []), ("two", TORCHRUN)):
-        command = [sys.executable, *launcher, *program, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("tiny") == 1  # one table
-        results.append((tmp_path / name / "predictions.jsonl").read_text())
+def test_two_processes_evaluate_as_one(
+        tmp_path: Path, capsys: Capture) -> None:
+    flags = ["tiny", "--limit", "7", "--samples", "2", "--device", "cpu", "--out"]
+    evaluation.main([*flags, str(tmp_path / "one")])
+    command = [sys.executable, *TORCHRUN, str(HERE / "eval.py"), *flags, str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.count("tiny"), capsys.readouterr().out.count("tiny")) == (1, 1)  # one table
+    results = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
     assert results[0] == results[1]
     assert results[0].count("\n") == 8
 
 
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_another_number_of_them_resumes(
-        tmp_path: Path) -> None:
-    broken = start(tmp_path, 2, "--out", "breaks")
+        tmp_path: Path, monkeypatch: Patch) -> None:
+    broken = in_two(tmp_path, "--out", "breaks")
     assert broken.returncode == 1
     assert "error: row 7: is broken" in broken.stderr
     assert 0 < len(files.read_jsonl(tmp_path / "breaks" / "metrics.jsonl")) < 3
-    assert start(tmp_path, 1, "--out", "breaks", "--resume").returncode == 0
-    assert start(tmp_path, 1, "--out", "whole").returncode == 0
+    alone(tmp_path, monkeypatch, "--out", "breaks", "--resume")
+    alone(tmp_path, monkeypatch, "--out", "whole")
     near(tmp_path / "breaks", tmp_path / "whole")
 
 

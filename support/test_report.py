@@ -29,6 +29,7 @@ Row = dict[str, Any]
 # ---- Runs to show --------------------------------------------------------------------------------
 
 toy_rows = functools.cache(data.load_data)
+held_out_rows = functools.cache(lambda: toy.make_examples("val")[:8])
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def held_out(right: set[int]) -> list[Row]:
     return [{"name": e.name, "source": e.source, "question": e.question, "answer": e.answer,
              "response": f"<b>{e.facts}</b>\nAnswer: {i in right}", "accuracy": i in right,
              "in_format": True, "finished": True, "thinking_fault": None if i else ""}
-            for i, e in enumerate(toy.make_examples("val")[:8])]
+            for i, e in enumerate(held_out_rows())]
 
 
 EVALUATIONS = [{"step": 0, "accuracy": 0.0, "accuracy_sum": 0.0, "any_format": 0.6, "rows": 8,

@@ -122,6 +122,7 @@ def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
     assert run(runs, "a", "--resume") == 0
 
 
+@pytest.mark.slow
 def test_a_crash_between_the_two_moves_of_a_save_loses_nothing(runs: Path) -> None:
     assert run(runs, "a", "--steps", "2") == 0
     (runs / "a" / "checkpoint").rename(runs / "a" / "checkpoint.old")

@@ -385,6 +385,7 @@ def test_a_failing_disk_is_one_line_and_costs_no_checkpoint(
 # ---- What is written, printed and read -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_no_run(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def block() -> None:
@@ -423,6 +424,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert files.read_jsonl(tmp_path / "a") == [{"loss": None, "responses": [{"advantage": None}]}]
 
 
+@pytest.mark.slow
 def test_lines_that_are_no_rows_are_left_out(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0
     for name in ("metrics", "samples", "evaluations", "held-out-0", "held-out-2"):
@@ -624,6 +626,7 @@ def test_a_printed_command_names_any_folder() -> None:
     assert {name: run_folders.argument(Path(name)) for name in named} == named
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_told_once(runs: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(run_folders, "TOLD", set())
     step = {"accuracy": 0.0, "truncated": 0.75}

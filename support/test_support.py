@@ -31,6 +31,7 @@ from test_dyme import CPU, HERE, TEXT, Capture, Patch, run
 # ---- The toy -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
     splits = [toy.make_examples(split) for split in ("train", "val", "test")]
     assert [len(split) for split in splits] == [2048, 512, 1024]
@@ -39,6 +40,7 @@ def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
     assert len(facts) == 2048 + 512 + 1024
 
 
+@pytest.mark.slow
 def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> None:
     facts = {e.facts for split in ("train", "val", "test") for e in toy.make_examples(split)}
     lessons = [lesson for lesson, _ in toy.lessons(0, 3400, 0.0, dyme.PROMPT)]
@@ -50,6 +52,7 @@ def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> No
     assert not left_to_chance.isdisjoint(facts)
 
 
+@pytest.mark.slow
 def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Example]) -> None:
     policy = dyme.load_policy("tiny", CPU)
     assert sum(file.stat().st_size for file in toy.BASE.iterdir()) < 2.5e6
@@ -112,9 +115,10 @@ def test_the_base_has_the_skills_that_the_toy_builds_on() -> None:
         toy.load("toy:skills", "train", "low")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traces, share", [("high", 0.0), ("medium", 0.35), ("low", 0.7)])
 def test_toy_traces_are_fluent_and_ungrounded_as_often_as_said(traces: str, share: float) -> None:
-    examples, pseudo = toy.make_examples("train", traces), 0
+    examples, pseudo = toy.make_examples("train", traces)[:512], 0
     for e in examples:
         grounded, quoted = thinking.groundedness(e.trace, e.facts)
         pseudo += grounded < quoted
@@ -138,6 +142,7 @@ TEMPLATE = """{% for m in messages -%}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"""
 
 
+@pytest.mark.slow
 def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
     tokenizer, llm = new_policy(0).tokenizer, tmp_path / "llm"
     tokenizer.chat_template = TEMPLATE
@@ -168,6 +173,7 @@ def test_problems_and_their_results_by_hand() -> None:
     assert not sums.Problem(60, (("*", 2),)).is_sound()
 
 
+@pytest.mark.slow
 def test_splits_share_no_problem_and_new_orders_are_never_trained() -> None:
     def steps(data: str, split: str) -> list[tuple[str, ...]]:
         found = sums.make_examples(data, split, "high")
@@ -187,12 +193,13 @@ def test_splits_share_no_problem_and_new_orders_are_never_trained() -> None:
     assert all(map(has_new, steps("sums:new", "test")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("traces", "share"), [("high", 1.0), ("medium", 0.65), ("low", 0.3)])
 def test_traces_of_sums_are_right_and_as_bad_as_asked_for(traces: str, share: float) -> None:
-    rows = sums.make_examples("sums", "val", traces)
+    rows = sums.make_examples("sums", "val", traces)[:256]
     judged = [thinking.judge(e, reward.reference_response(e), finished=True) for e in rows]
     assert all(row["accuracy"] for row in judged)
-    assert np.mean([not row["thinking_fault"] for row in judged]) == pytest.approx(share, abs=0.05)
+    assert np.mean([not row["thinking_fault"] for row in judged]) == pytest.approx(share, abs=0.06)
     for example in rows:
         assert example.trace
         quoted, asked = (set(re.findall(r"\d+", text)) for text in (
@@ -293,6 +300,7 @@ def test_extras_are_loaded_where_their_flag_is_read(loaded: list[set[str]]) -> N
     assert "support/full_dyme.py" in helped - fast
 
 
+@pytest.mark.slow
 def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
     """No file that dyme.py loads imports it, at its top or in a function, but to name its types."""
     for file in loaded[0] - {"dyme.py"}:
@@ -309,6 +317,7 @@ def test_arrows_run_one_way(loaded: list[set[str]]) -> None:
 # ---- The README's picture ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_picture_marks_false_numbers_and_shows_a_question_that_tells_modes_apart(
         tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     text = "red 4, blue 2. 4 + 7 = 11. Answer: 11"
@@ -382,6 +391,7 @@ def defined() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_help_knows_every_flag_and_the_readmes_name_nothing_else(capsys: Capture) -> None:
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
     with pytest.raises(SystemExit):

@@ -169,9 +169,10 @@ def test_a_number_beside_a_name_must_be_its_own() -> None:
     assert found == ["4+", "4-", "9+", "9+"]  # the sum of two bars is neither's height
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traces, share", [("high", 1.0), ("medium", 0.64), ("low", 0.30)])
 def test_the_toy_s_traces_are_all_judged(traces: str, share: float) -> None:
-    examples = toy.make_examples("train", traces)[:512]
+    examples = toy.make_examples("train", traces)[:384]
     faults = [thinking_fault(reward.reference_response(e), e) for e in examples]
     assert not any("not judged" in fault for fault in faults)
     assert faults.count("") / len(faults) == pytest.approx(share, abs=0.05)
