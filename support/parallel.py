@@ -86,7 +86,7 @@ def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]
         return -(-cfg.prompts // count())  # this process's share; halved until they fit
     # Some 1,000 tokens keep a CPU busy; more take memory, and fewer write all gradients often.
     responses = 1 if cfg.mode == "sft" else cfg.generations
-    of_text = max(2, 1024 // (responses * cfg.max_new_tokens))
+    of_text = max(1, 1024 // (responses * cfg.max_new_tokens + 64))  # prompts of text are short
     most = 2 if any(example.image for example in examples) else of_text
     return min(most, cfg.prompts * cfg.generations // responses)
 

@@ -228,9 +228,9 @@ def test_threads_end_with_their_reader() -> None:
 
 
 @pytest.mark.parametrize(("flags", "images", "size"), [
-    ({}, True, 2), ({}, False, 2), ({"max_new_tokens": 32}, False, 4),
+    ({}, True, 2), ({}, False, 1), ({"max_new_tokens": 32}, False, 3),
     ({"max_new_tokens": 8}, False, 8),  # no more than there are
-    ({"mode": "sft", "max_new_tokens": 96}, False, 10), ({"mode": "sft", "prompts": 1}, False, 3)])
+    ({"mode": "sft", "max_new_tokens": 96}, False, 6), ({"mode": "sft", "prompts": 1}, False, 2)])
 def test_a_cpu_takes_some_thousand_tokens_in_a_pass(
         flags: dict[str, Any], images: bool, size: int) -> None:
     cfg = dyme.Config(**({"prompts": 8, "max_new_tokens": 300} | flags))
