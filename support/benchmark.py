@@ -4,8 +4,8 @@
 
 Times steps of the run that the other flags of dyme.py describe (`--plain` among them), with
 responses of full length and coin-flip rewards, so that every group explores. Nothing is saved. A
-part's floor is what its matrix products, or in decoding its reads of weights and cache, must take
-on this machine. The last line is the median step.
+part's floor is what its matrix products must take on this machine, or in decoding its reads of
+weights and cache if these take longer. The last line is the median step.
 """
 
 import contextlib
@@ -110,14 +110,17 @@ def time_sampling(policy: Policy) -> dict[str, float]:
     return spent
 
 
-def step_floor(cfg: Config, policy: Policy, examples: list[Example], flops_rate: float,
-               number_rate: float) -> dict[str, float]:
-    """Seconds that a step's parts must take at these rates: FLOP/s, and numbers read a second."""
+def step_floor(cfg: Config, policy: Policy, examples: list[Example], K: int, T: int,
+               flops_rate: float, number_rate: float) -> dict[str, float]:
+    """Seconds that a step's parts must take at these rates: FLOP/s, and numbers read a second.
+
+    Each example has K sequences of T tokens; K is 0 in SFT, which samples none and trains on one.
+    """
     share = len(dyme.share(len(examples)))
     model, chunk = policy.model, examples[:min(cfg.micro_batch, share)]
-    inputs = dyme.encode_prompts(policy, chunk, cfg.max_new_tokens)
-    rows = [p for p in range(len(chunk)) for _ in range(cfg.generations)]
-    sequences = [Sequence(p, [0] * cfg.max_new_tokens, 1.0, True) for p in rows]
+    inputs = dyme.encode_prompts(policy, chunk, T)
+    rows = [p for p in range(len(chunk)) for _ in range(max(K, 1))]
+    sequences = [Sequence(p, [0] * T, 1.0, True) for p in rows]
     work, caches = dict[str, float](), []
     for part in ("with images", "prompt", "update"):
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
@@ -130,13 +133,16 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example], flops_rate:
     work["vision"] = work.pop("with images") - work["prompt"]
     scale = share / len(chunk)
     floor = {name: scale * operations / flops_rate for name, operations in work.items()}
+    if not K:
+        return {"update": floor["update"] + floor["vision"]}
     towers = {id(p) for tower in dyme.vision_towers(model) for p in tower.parameters()}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in towers)
     cache = sum(x.keys.numel() + x.values.numel() for x in caches[0].layers)
-    responses = cache / inputs["input_ids"].numel() * len(rows) * cfg.max_new_tokens / 2  # average
-    # Decoding reads weights and cache once per token.
+    responses = cache / inputs["input_ids"].numel() * len(rows) * T / 2  # on average
+    # For each token decoding reads weights and cache once, and multiplies all rows by the weights.
     read = weights + scale * (cache + responses)
-    return floor | {"decode": cfg.max_new_tokens * read / number_rate}
+    products = 2 * weights * scale * len(rows)
+    return floor | {"decode": T * max(read / number_rate, products / flops_rate)}
 
 
 def machine_rates(policy: Policy) -> tuple[float, float, int]:
@@ -166,7 +172,9 @@ def print_figures(trainer: Trainer, steps: int, median: dict[str, float],
     """Print the parts of a step beside their floor; the last line is the median step."""
     cfg, policy = trainer.cfg, trainer.policy
     flops_rate, copy_rate, size = machine_rates(policy)
-    floor = step_floor(cfg, policy, batch, flops_rate, copy_rate / size)
+    K = cfg.generations if median["decode"] else 0
+    T = round(median["tokens"] / (len(batch) * max(K, 1)))
+    floor = step_floor(cfg, policy, batch, K, T, flops_rate, copy_rate / size)
     floor["step"] = sum(floor.values())
     path = "plain" if policy.rollout is dyme.rollout else "fast"
     print(f"{cfg.model}, {cfg.mode}, {path}, {cfg.prompts} prompts x {cfg.generations} responses x "
