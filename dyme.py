@@ -186,7 +186,7 @@ def model_source(name: str) -> str:
     if name == "tiny":
         return str(Path(__file__).parent / "support" / "toy_base")
     run = Path(name) / "checkpoint"
-    return str(run) if run.is_dir() else NAMES.get(name, name)
+    return str(run) if run.is_dir() else name if Path(name).is_dir() else NAMES.get(name, name)
 
 
 def load_pretrained(source: str) -> tuple[Model, Any]:
@@ -203,6 +203,8 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
         source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **own_code)
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
+    runs.check_tokens(model, getattr(processor, "tokenizer", processor))
+    runs.check_weights(model)
     return model, processor
 
 
@@ -227,7 +229,8 @@ def loading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
         reason = " ".join(str(error).split())[:200]
-        advice = (f"give a hub id, a directory or one of {[*NAMES]}; without a hub "
+        advice = ("one of its files is damaged or missing" if Path(name).is_dir() else
+                  f"give a hub id, a directory or one of {[*NAMES]}; without a hub "
                   "python -m support.smollm2 FOLDER makes a small text model")
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch
@@ -350,7 +353,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
                            add_special_tokens=not has_bos, **with_images)
     except ValueError as error:  # such as a question that holds the image token itself
         names = " or ".join(example.name for example in examples)
-        raise UserError(f"{names}: the processor refuses the prompt ({error})") from None
+        raise UserError(f"{names}: the model's processor refuses the prompt ({error})") from None
 
     for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
         if length + room > policy.context:
@@ -806,8 +809,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
         trainer.failures += 1
     if trainer.failures == 10:
-        raise DivergedError("ten steps in a row had a loss or gradient that was not finite; "
-                            "try a lower --lr")
+        raise DivergedError("ten steps in a row had a loss or gradient that was not finite")
     return {"grad_norm": norm, "skipped_steps": int(not finite)}
 
 
@@ -923,7 +925,7 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
     tqdm.write(f"step {step}: " + thinking.one_line(summary))
     accuracy = summary["accuracy"] or 0.0
-    if step and accuracy > trainer.best:
+    if step and (accuracy > trainer.best or not (run / "best").exists()):  # lost in a copy
         trainer.best = accuracy
         save_policy(trainer.policy, run / "best")
 
@@ -1111,8 +1113,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
         runs.print_stopped(folder)
         raise KeyboardInterrupt
     if trainer.failures > 1:
-        raise DivergedError(f"the last {trainer.failures} steps had a loss or gradient that was "
-                            "not finite; try a lower --lr")
+        raise DivergedError(f"the last {trainer.failures} steps had a loss that was not finite")
     runs.print_summary(folder, cfg.mode, cfg.steps)
 
 

@@ -86,7 +86,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     if saved and not (folder / weights).is_dir():
         raise UserError(f"{name}: has no {weights} yet (see --save-every, --eval-every)")
     source = args.data or saved.get("data", "toy")
-    examples = load_test(name, source, saved.get("data"), args.limit)
+    examples = load_test(folder, source, saved, args.limit)
     device = parallel.select_device(args.device)
     policy = load_policy(str(folder / weights) if saved else name, device,
                          args.image_edge or saved.get("image_edge", 0))
@@ -98,7 +98,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
     batch = args.batch or (64 if made else 32 if device.type == "cuda" else 8)
     own = {"max_new_tokens": Config.max_new_tokens} | PRESETS.get(data.name_of(source), {}) | saved
-    longest = args.max_new_tokens or (own["max_new_tokens"] if made else 1024)
+    longest = args.max_new_tokens or (
+        own["max_new_tokens"] if made else min(1024, int(policy.context / 2)))
     predictions = respond(policy, examples, longest, batch, prompt=prompt)
     summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
     summary |= thinking.summarise(predictions)
@@ -118,13 +119,13 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     return {"mode": "base", "seed": "-"} | saved | summary | {"setting": setting}
 
 
-def load_test(name: str, source: str, trained_on: str | None, limit: int) -> list[Example]:
+def load_test(run: Path, source: str, saved: dict[str, Any], limit: int) -> list[Example]:
     """The rows to test on; of your own rows, a run on them is tested on the tenth held back."""
     own_rows = source.endswith((".json", ".jsonl"))
-    held_back = own_rows and trained_on and Path(source).resolve() == Path(trained_on).resolve()
+    held_back = own_rows and runs.trained_on(run, source, saved)
     rows = data.load_data(source, "val" if held_back else "test")
     if own_rows and not held_back and parallel.is_main():
-        print(f"{name}: tested on all {len(rows)} rows of {source}", file=sys.stderr)
+        print(f"{run}: tested on all {len(rows)} rows of {source}", file=sys.stderr)
     return data.held_out(source, rows, limit or len(rows))
 
 
@@ -191,11 +192,13 @@ def main(argv: list[str] | None = None) -> None:
         return importlib.import_module("support.report").write_page(argv[1:])
     args, table = parse_arguments(argv), []
     with parallel.processes(args.device):
-        for name in args.model:
-            with contextlib.ExitStack() as stack:
-                table.append(evaluate_model(name, args, stack))
-        if parallel.is_main():
-            print_table(table)
+        try:
+            for name in args.model:
+                with contextlib.ExitStack() as stack:
+                    table.append(evaluate_model(name, args, stack))
+        finally:  # an error costs no figures of the models before
+            if table and parallel.is_main():
+                print_table(table)
 
 
 if __name__ == "__main__":

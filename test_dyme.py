@@ -1053,6 +1053,18 @@ def evaluate(*arguments: str) -> int:
     return run_folders.run_main(lambda: evaluation.main([*arguments]))
 
 
+def test_figures_of_models_before_an_error_are_printed(
+        tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folders.run_main(lambda: evaluation.main(["runs", "--limit", "1"])) == 2
+    assert capsys.readouterr().out == ""
+    (tmp_path / "empty").mkdir()
+    assert evaluate("tiny", "empty", "--limit", "1", "--max-new-tokens", "2") == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split()[:2] == ["tiny", "base"]
+    assert "--model empty: cannot be loaded" in err
+
+
 @slow
 def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> None:
     for seed in ("0", "1"):

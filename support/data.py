@@ -35,6 +35,8 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
               hints: str = "") -> list[Example]:
     """Load a split (train, val, test) and say what is skipped. Raises UserError."""
     own = Path(data).suffix in (".json", ".jsonl")
+    if Path(data).is_file() and not own and Path(data).suffix != ".zip":
+        raise UserError(f"--data {data}: rows are in a file that ends in .json or .jsonl")
     if (hints or augmented) and (own or is_made(data)):
         raise UserError(f"--{'hints' if hints else 'augmented'} belongs to published data")
     if data.partition(":")[0] == "toy":

@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,14 @@ from support import DivergedError, UserError, data, files, parallel, settings, t
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dyme import Config, Step
 
 # ---- The folder ----------------------------------------------------------------------------------
 
 FOLDERS = ("checkpoint", "best", "after-sft")
-ASIDE = "overwritten"  # holds the run that a new one replaces, until that has a checkpoint
+ASIDE = ".overwritten"  # holds the run that a new one replaces, until that has a checkpoint
 
 
 def default_folder(cfg: Config) -> str:
@@ -135,6 +135,21 @@ def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
               file=sys.stderr)
 
 
+def trained_on(run: Path, source: str, saved: dict[str, Any]) -> bool:
+    """Did a run with these settings train on a file's rows? Raises UserError if on some."""
+    if not str(saved.get("data", "")).endswith((".json", ".jsonl")):
+        return False
+    same = False
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
+        train, val = (data.load_data(source, split) for split in ("train", "val"))
+        now = describe_rows(train, data.held_out(source, val, saved["eval_rows"]))
+        same = now == read_config(run).get("rows")
+    if not same and Path(source).resolve() == Path(saved["data"]).resolve():
+        raise UserError(f"{source}: has changed since {run} trained on some of its rows; name "
+                        "other rows by --data, or bring the old ones back")
+    return same
+
+
 def seal(saved: dict[str, Any]) -> str:
     """A hash of a run's settings, but for those that may change."""
     free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal"}
@@ -197,12 +212,15 @@ def settled(run: Path) -> None:
         if saved := read_config(run):  # nothing, if the folder was moved meanwhile
             saved["saved"] = True
             files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
+        else:
+            warn_once(f"{run}: has no config.json any more; was the folder moved?")
         files.remove(run / ASIDE)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Save the training state beside the weights, and their hash in it. Raises OSError."""
-    state = state | {"weights": hash_weights(folder)}
+    """Save the training state beside the weights, with what says whose it is. Raises OSError."""
+    state = state | {"weights": hash_weights(folder),
+                     "seal": read_config(folder.parent).get("seal")}
     with (folder / "training_state.pt").open("wb") as file:
         try:
             torch.save(state, file)
@@ -212,7 +230,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def hash_weights(folder: Path) -> list[str]:
     """A hash of each file of weights in a transformers directory."""
-    files_of_weights = sorted(folder.glob("*.safetensors"))
+    files_of_weights = sorted(folder.glob("[!.]*.safetensors"))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of_weights]
 
 
@@ -223,6 +241,11 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
         state = torch.load(file, device, weights_only=True)
         if state["weights"] != hash_weights(file.parent):
             raise ValueError("it was saved with other weights than those beside it")
+        settings_now = read_config(run)
+        if state["seal"] not in (None, settings_now.get("seal")):
+            raise ValueError("it was saved by a run with other settings")
+        if state["step"] > settings_now["steps"]:
+            raise ValueError(f"it is at step {state['step']} of a run of {settings_now['steps']}")
         optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):
@@ -233,10 +256,17 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
                         f"--model {argument(run)} --out NEW") from None
 
 
+def check_tokens(model: PreTrainedModel, tokenizer: Sized) -> None:
+    """Raise ValueError if there are tokens that the model has no embedding of."""
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its weights {known}")
+
+
 def check_weights(model: torch.nn.Module) -> None:
     """Raise DivergedError rather than save weights that are not finite."""
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise DivergedError("the weights are no longer finite; try a lower --lr")
+        raise DivergedError("the weights are not finite")
 
 
 # ---- What is printed and logged ------------------------------------------------------------------
@@ -271,16 +301,20 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
         return
     before, after = evaluated[0], evaluated[-1]
     both = [files.read_jsonl(run / f"held-out-{step}.jsonl") for step in (before["step"], steps)]
-    # The same rows in the same order; those first that are of a kind that the base is worst at.
-    pairs = [p for p in zip(*both, strict=False) if not thinking.is_new(p[0]["source"])]
+    keys = {"name", "source", "question", "answer", "response", "in_format", "accuracy"}
+    old, new = ({row["name"]: row for row in rows if keys <= row.keys()} for rows in both)
+    # Those first that are of a kind that the base is worst at.
+    pairs = [(old[name], new[name]) for name in old
+             if name in new and not thinking.is_new(old[name]["source"])]
     pairs.sort(key=lambda pair: before.get(f"any_format_{pair[0]['source']}", 0.0))
-    for old, new in data.spread(pairs, 3):
-        facts = f"; {old['facts']}" if old.get("facts") else ""
-        print(f"\n{old['question']} (answer: {old['answer']}{facts})")
-        for when, said in (("before", old), ("after", new)):
+    for first, last in data.spread(pairs, 3):
+        facts = f"; {first['facts']}" if first.get("facts") else ""
+        print(f"\n{first['question']} (answer: {first['answer']}{facts})")
+        for when, said in (("before", first), ("after", last)):
             print(f"  {when}: {verdict(said)}")
             print(textwrap.indent(said["response"] or "(nothing)", "    "))
-    print(f"\n{after['rows']} held-out rows, greedy, before and after {steps} steps of {mode}:")
+    print(f"\n{after['rows']} held-out rows, greedy, at steps {before['step']} and {steps} of "
+          f"{mode}:")
     for name, title in SUMMARY.items():
         if None not in (before.get(name), after.get(name)):
             print(f"  {title:31} {before[name]:.3f} -> {after[name]:.3f}")
@@ -473,7 +507,8 @@ def run_main(program: Callable[[], None]) -> int:
     except UserError as error:
         message, code = f"error: {error}", 2
     except DivergedError as error:
-        message, code = f"error: {error}; the last checkpoint, if there is one, is kept", 1
+        message, code = (f"error: {error}; try a lower --lr; the last checkpoint, if there is "
+                         "one, is kept"), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except (OSError, MemoryError, RuntimeError) as error:

@@ -93,6 +93,10 @@ def read(run: Path, config: type) -> dict[str, Any]:
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{file}: `{f.name}` is {json.dumps(value)[:60]}, not of type "
                             f"{kind.__name__}")
+        try:
+            check_value(f, value)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
         found[f.name] = value
     return found
 
@@ -108,11 +112,14 @@ def resumed_settings(cfg: Config, given: dict[str, Any]) -> dict[str, Any]:
     if cfg.overwrite:
         raise UserError("--resume goes on with a run; leave out --overwrite")
     saved = read(Path(cfg.out), type(cfg))
-    for key in given.keys() - CHANGEABLE_ON_RESUME:
+    free = set(CHANGEABLE_ON_RESUME)
+    if Path(saved["data"]).suffix in (".json", ".jsonl"):
+        free.add("data")  # a file may have moved: its rows are known by their hash
+    for key in given.keys() - free:
         if given[key] != saved[key]:
             raise UserError(f"{flag(key)} {given[key]}: the run has {saved[key]} and a resumed run "
                             "keeps its settings; start a new one with another --out")
-    anew = {key: given[key] for key in given.keys() & CHANGEABLE_ON_RESUME}
+    anew = {key: given[key] for key in given.keys() & free}
     return saved | anew | {"out": cfg.out}
 
 
@@ -141,6 +148,8 @@ def check(cfg: Config, models: Iterable[str]) -> None:
         check_value(f, getattr(cfg, f.name))
     budget, url = re.fullmatch(r"budget:(\d+)", cfg.switch), cfg.helper_url
     refused = {
+        f"--out {ascii(cfg.out)}: its name is not UTF-8":
+            cfg.out.encode(errors="replace") != cfg.out.encode(errors="surrogateescape"),
         "--tensorboard: needs `pip install tensorboard`":
             cfg.tensorboard and importlib.util.find_spec("tensorboard") is None,
         f"--switch {cfg.switch}: give any-correct, threshold:0.8, anneal, budget:192, explore or "

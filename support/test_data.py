@@ -1,11 +1,13 @@
 """Tests of data: rows, pictures and traces, odd, broken or as published; the READMEs' commands."""
 
+import copy
 import dataclasses
 import io
 import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -942,6 +944,34 @@ def test_fields_that_look_like_a_trace_but_are_not_read_are_told(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data.load_data(str(tmp_path / "rows.json"), "train")
     assert "not read: rationale; a trace is called `trace`" in capsys.readouterr().out
+
+
+def test_a_damaged_model_is_named_when_it_is_loaded(
+        tmp_path: Path, monkeypatch: Patch, tiny: Policy) -> None:
+    def says(model: Any, processor: Any, words: str) -> None:
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        model.save_pretrained(tmp_path / "m")
+        processor.save_pretrained(tmp_path / "m")
+        with pytest.raises(UserError, match=f"{words}.*files is damaged or missing"):
+            dyme.load_policy(str(tmp_path / "m"), CPU)
+
+    processor = copy.deepcopy(tiny.processor)
+    processor.tokenizer.add_tokens(["<think>"])
+    says(tiny.model, processor, "its tokenizer has 155 tokens, its weights 154")
+    model = copy.deepcopy(tiny.model)
+    next(model.parameters()).data[0] = math.nan  # of the tower, which no check of words sees
+    says(model, tiny.processor, "the weights are not finite")
+    # A folder goes before a short name.
+    (tmp_path / "SmolVLM-256M").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert dyme.model_source("SmolVLM-256M") == "SmolVLM-256M"
+    assert dyme.model_source("SmolVLM2-256M").startswith("HuggingFaceTB/")
+
+
+def test_rows_in_a_file_of_another_kind_are_told_what_to_be(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    with pytest.raises(UserError, match="rows.csv: rows are in a file that ends in .json or"):
+        data.load_data(str(tmp_path / "rows.csv"), "train")
 
 
 def test_a_question_that_holds_the_models_picture_token_is_refused_by_name(tiny: Policy) -> None:

@@ -127,6 +127,21 @@ def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Captu
     assert evaluate(*again) == 0
     assert "tested on all" not in capsys.readouterr().err
     assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
+    # The rows are known by their hash, wherever they lie, and refused once they have changed.
+    (runs / "moved").mkdir()
+    moved = (runs / "rows.jsonl").rename(runs / "moved" / "rows.jsonl")
+    assert evaluate(*score, "--data", str(moved)) == 0
+    assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
+    assert run(runs, "a", "--resume", "--data", str(moved)) == 0
+    assert evaluate(*score) == 0
+    moved.write_text("\n".join([*rows, json.dumps({"question": "New?", "answer": "red"})]))
+    assert evaluate(*score) == 2
+    assert "has changed since" in capsys.readouterr().err
+    others = moved.with_name("others.jsonl")
+    others.write_text(rows[0])
+    assert evaluate(*score, "--data", str(others)) == 0
+    assert "tested on all 1 rows" in capsys.readouterr().err
+    again = [*score, "--data", str(others)]
     shutil.rmtree(runs / "a" / "checkpoint")
     assert evaluate(*again) == 2
     assert "has no checkpoint yet" in capsys.readouterr().err

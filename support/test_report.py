@@ -19,7 +19,7 @@ import torch
 import eval as evaluation
 from dyme import Config
 from reward import Example
-from support import UserError, data, report, toy
+from support import UserError, data, report, settings, toy
 from support import runs as run_folders
 from support.report import records, story
 
@@ -84,7 +84,7 @@ EVALUATIONS = [{"step": 0, "accuracy": 0.0, "accuracy_sum": 0.0, "any_format": 0
 def write_run(folder: Path, groups: list[Row], **settings: Any) -> Path:
     """A run folder of four steps with these groups."""
     folder.mkdir()
-    cfg = dataclasses.asdict(Config(steps=4, out=str(folder), **settings))
+    cfg = dataclasses.asdict(Config(**({"steps": 4, "lr": 1e-3, "out": str(folder)} | settings)))
     (folder / "config.json").write_text(json.dumps(cfg))
     parts = {"metrics": [metrics_row(step) for step in range(4)], "evaluations": EVALUATIONS,
              "samples": groups, "held-out-0": held_out({1}), "held-out-4": held_out({1, 2, 3})}
@@ -199,7 +199,7 @@ def test_a_damaged_record_is_left_out_and_counted(
 
 
 @pytest.mark.parametrize("key, value", [
-    ("mode", "x"), ("steps", -1), ("thinking_weight", float("nan"))])
+    ("mode", "x"), ("steps", -1), ("prompts", 0), ("thinking_weight", float("nan"))])
 def test_a_run_with_damaged_settings_is_left_out(tmp_path: Path, key: str, value: Any) -> None:
     for name in "ab":
         write_run(tmp_path / name, [])
@@ -207,9 +207,9 @@ def test_a_run_with_damaged_settings_is_left_out(tmp_path: Path, key: str, value
     (tmp_path / "a" / "config.json").write_text(json.dumps(cfg))
     content = page_of(tmp_path / "a", tmp_path / "b", tmp_path)
     assert [run["name"] for run in content["runs"]] == ["b"]
-    assert f"`{key}`" in content["notes"][0]
+    assert f"config.json: {settings.flag(key)} " in content["notes"][0]
     assert "is not a run folder" in content["notes"][1]
-    with pytest.raises(UserError, match="none of these"):
+    with pytest.raises(UserError, match=f"none of these can be shown; .*{settings.flag(key)} "):
         page_of(tmp_path / "a")
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,7 @@ from transformers.hf_argparser import HfArg
 import dyme
 import eval as evaluation
 from dyme import Config
+from reward import Example
 from support import DivergedError, UserError, files, settings, toy
 from support import runs as run_folders
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
@@ -305,7 +307,7 @@ def test_broken_weights_and_failing_steps_are_not_saved(
         return step
     real, flags = dyme.take_step, ["--steps", "5", "--save-every", "1", "--eval-every", "0"]
     # A single failed step changes nothing.
-    for name, says, last in (("weights", "the weights are no longer finite", 2),
+    for name, says, last in (("weights", "the weights are not finite", 2),
                              ("steps", "the last 3 steps had a loss", 3)):
         monkeypatch.setattr(dyme, "take_step", damaged(name))
         assert run(runs, name, *flags) == 1
@@ -340,6 +342,72 @@ def test_a_checkpoint_that_is_a_link_is_followed_and_replaced(
         (folder / "x").touch()
     assert (checkpoint / "x").exists()
     assert not (runs / "a" / "checkpoint.old").is_symlink()
+
+
+def test_a_checkpoint_of_another_run_or_of_a_later_step_is_refused(
+        runs: Path, capsys: Capture) -> None:
+    for name in "ab":
+        assert run(runs, name, "--steps", "2", "--seed", str(ord(name))) == 0
+    (runs / "a" / "checkpoint" / "._model.safetensors").write_bytes(b"as a Mac leaves in a copy")
+    assert run(runs, "a", "--resume") == 0
+    (runs / "a" / "checkpoint").rename(runs / "kept")
+    shutil.copytree(runs / "b" / "checkpoint", runs / "a" / "checkpoint")
+    before = written(runs / "a")
+    assert run(runs, "a", "--resume") == 2
+    assert "it was saved by a run with other settings" in capsys.readouterr().err
+    assert written(runs / "a") == before
+    shutil.rmtree(runs / "a" / "checkpoint")
+    (runs / "kept").rename(runs / "a" / "checkpoint")
+    change_config(runs / "a", steps=1)
+    assert run(runs, "a", "--resume") == 2
+    assert "it is at step 2 of a run of 1" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_written_again_if_a_copy_lacks_them(
+        runs: Path, tiny: dyme.Policy, examples: list[Example]) -> None:
+    trainer = dyme.make_trainer(Config(max_new_tokens=2), tiny)
+    trainer.best = 1.0
+    dyme.evaluate(trainer, examples[:1], runs, 0, None)
+    assert not (runs / "best").exists()  # the base's are not kept
+    dyme.evaluate(trainer, examples[:1], runs, 150, None)
+    (runs / "best" / "model.safetensors").unlink()
+    trainer.best = 1.0
+    dyme.evaluate(trainer, examples[:1], runs, 300, None)
+    assert not (runs / "best" / "model.safetensors").exists()  # no better: they stay as they are
+
+
+def test_the_summary_pairs_answers_by_name_and_needs_no_first_evaluation(
+        runs: Path, capsys: Capture) -> None:
+    def row(name: str, question: str, said: str, source: str = "sum") -> Row:
+        return {"name": name, "question": question, "answer": "4", "response": said,
+                "source": source, "in_format": True, "accuracy": False}
+
+    before = [row("x", "X?", "3"), {"name": "y"}, row("z", "Z?", "5"),
+              row("n", "N?", "6", "new_three_sum")]
+    after = [row("z", "Z?", "7"), row("y", "Y?", "8"), row("x", "X?", "9"),
+             row("n", "N?", "4", "new_three_sum")]
+    for step, rows in ((0, before), (4, after)):
+        files.write_jsonl(runs / f"held-out-{step}.jsonl", rows)
+    files.write_jsonl(runs / "evaluations.jsonl", [
+        {"step": step, "accuracy": 0.0, "accuracy_new": new, "rows": 3}
+        for step, new in ((0, 0.0), (4, 1.0))])
+    run_folders.print_summary(runs, "sft", 4)
+    told = capsys.readouterr().out
+    assert re.findall(r"(?m)^(?:    )?(\w)(?:\?.*)?$", told) == [*"X39Z57"]
+    assert "3 held-out rows, greedy, at steps 0 and 4 of sft" in told
+    assert "on combinations it never met    0.000 -> 1.000" in told
+    files.write_jsonl(runs / "evaluations.jsonl", [{"step": 4, "accuracy": 0.5, "rows": 3}])
+    run_folders.print_summary(runs, "sft", 4)
+    assert "at steps 4 and 4 of sft" in capsys.readouterr().out
+
+
+def test_a_run_whose_folder_moved_says_so(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    at_step(monkeypatch, 1, lambda: (runs / "a").rename(runs / "b"))
+    assert run(runs, "a", "--steps", "2") == 0
+    assert f"{runs / 'a'}: has no config.json any more; was the folder moved?" in (
+        capsys.readouterr().err)
+    assert saved_step(runs / "a") == 2
 
 
 @pytest.mark.slow
@@ -565,6 +633,14 @@ def test_numbers_that_cannot_be_are_refused(
     assert not (runs / "a").exists()
     if flags[0] == "--temperature":
         assert run_folders.run_main(lambda: evaluation.main(["tiny", *flags])) == 2
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_first_step(
+        runs: Path, capsys: Capture) -> None:
+    assert run(runs, "caf\udce9", "--steps", "1") == 2
+    assert "its name is not UTF-8" in capsys.readouterr().err
+    assert not any(runs.iterdir())
+    settings.check(Config(out="café", lr=1.0), {"tiny"})
 
 
 def test_a_password_in_a_url_is_not_printed(runs: Path, capsys: Capture) -> None:

@@ -71,7 +71,7 @@ def write_page(argv: list[str]) -> None:
         except UserError as error:
             notes.append(f"left out: {error}")
     if not runs:
-        raise UserError("none of these is a run folder")
+        raise UserError("none of these can be shown; " + "; ".join(notes))
     out = Path(args.out or "report.html")
     mark = MARK + f'"{html.escape(ascii(sorted(str(run.folder) for run in runs)))}">'
     check_out(out, mark, asked=bool(args.out))

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dyme import Config
-from support import UserError, settings
+from support import settings
 
 Row = dict[str, Any]  # an object of JSON
 MODE_NAMES = {"dyme": "DyME", "grpo": "GRPO", "sft": "SFT", "two-stage": "SFT, then GRPO"}
 # What a record must hold: a type, one of several, or one of these words; None may be missing.
-CONFIG = {"mode": tuple(MODE_NAMES), "data": str, "steps": int, "prompts": int, "switch": str,
-          "thinking_weight": float, "format_weight": float}
 STEP = {"step": int, "mode": (str, None)}  # metrics and evaluations, with numbers beside it
 RESPONSE = {"text": str, "finished": bool, "r_a": float, "r_t": float, "r_f": float,
             "reward": float, "advantage": float}
@@ -82,8 +80,6 @@ class Run:
 def read_run(folder: Path, name: str) -> Run:
     """Read a run folder. Raises UserError if it is none, or its settings cannot be."""
     cfg, lost = settings.read(folder, Config), Counter[str]()
-    if wrong := [key for key, shape in CONFIG.items() if not fits(cfg[key], shape)]:
-        raise UserError(f"{folder / 'config.json'}: `{wrong[0]}` is {str(cfg[wrong[0]])[:60]}")
     cfg["helper_rates"] = bool(cfg["helper_url"]) and not cfg["no_checker"]  # r_t is the helper's
 
     def rows(name: str, shape: Row, numbers: bool = False) -> list[Row]:
