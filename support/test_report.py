@@ -444,6 +444,9 @@ def test_a_group_says_what_it_shows() -> None:
     assert explored["remarks"][1].endswith("0 of 1.")  # it says blue 9, where blue is 7
     assert "itself says 9" in explored["remarks"][2]
     assert "of 1 right responses 1 repeat it" in explored["remarks"][2]
+    part = described(cfg, group_row(7, "x", 1, trace="red 5, blue 9"))  # of which it says one
+    assert "itself says 5 and 9" in part["remarks"][2]
+    assert "of 1 right responses 0 repeat it" in part["remarks"][2]
     helped = described(cfg | {"helper_rates": True}, group_row(7, "x", 1))
     assert helped["remarks"] == explored["remarks"][:2]  # a helper's r_t does not go by the trace
     released = group_row(7, "x", 1)

@@ -98,7 +98,7 @@ def remarks(cfg: Row, group: Row) -> list[str]:
                     "Rules find no false number in the reference's trace.")
     wrong = misread(group["trace"], group["answer"])
     if wrong and group["explores"] and cfg["thinking_weight"] and not cfg["helper_rates"]:
-        taken = sum(bool({*wrong} & {*misread(response["text"])}) for response in sound)
+        taken = sum({*wrong} <= {*misread(response["text"])} for response in sound)
         said.append(f"The trace that r_t compares with itself says {' and '.join(wrong)}, which "
                     f"the image does not show; of {len(sound)} right responses {taken} repeat it."
                     + " r_a, and so the switch, does not look at it." * cfg["by_eq_6"])
