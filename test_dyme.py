@@ -1,7 +1,7 @@
 """Tests of dyme.py, eval.py and reward.py: numbers by hand, Eq. 1-8 as written, learning, runs.
 
 On the CPU, offline. Where ../shared is present, with the real SmolVLM processor and real charts.
-`python -m pytest -m "not slow"` leaves out what takes more than a second.
+`python -m pytest -m "not slow"` leaves out what takes most of a second.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ from test_dyme import examples, no_update, readable, runs, tiny  # noqa: F401
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark; `python -m pytest -m "not slow"` leaves such tests out."""
-    config.addinivalue_line("markers", "slow: takes more than a second")
+    config.addinivalue_line("markers", "slow: takes most of a second")
 
 
 # ---- For grade.py: a report that is complete up to where a student's file hangs ------------------
