@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -174,11 +175,13 @@ class Policy:
 def load_policy(name: str, device: torch.device, image_edge: int = 0) -> Policy:
     """Load `tiny`, a short name, hub id, directory or run folder. Raises UserError."""
     settings.check_model_name(name, {"tiny", *NAMES})
-    with loading(name):
+    with settings.loading(name, NAMES):
         model, processor = load_pretrained(model_source(name))
+        parallel.set_threads(sum(p.numel() for p in model.parameters()))
         check_model(model)
-    parallel.set_threads(sum(p.numel() for p in model.parameters()))
-    return make_policy(model.to(device), processor, device, image_edge)
+        policy = make_policy(model.to(device), processor, device, image_edge)
+        check_prompt(policy)
+    return policy
 
 
 def model_source(name: str) -> str:
@@ -222,22 +225,14 @@ def check_model(model: Model) -> None:
         raise ValueError("its positions, its cache or its logits are of a kind not known here")
 
 
-@contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turn whatever loading a model raises into a UserError: why in one line, and what to do."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
-        reason = " ".join(str(error).split())[:200]
-        advice = ("one of its files is damaged or missing" if Path(name).is_dir() else
-                  f"give a hub id, a directory or one of {[*NAMES]}; without a hub "
-                  "python -m support.smollm2 FOLDER makes a small text model")
-        for package in ("torchvision", "num2words"):
-            if package in reason.lower():  # asked for alone, pip would replace torch
-                advice = f"pip install -r requirements.txt {package}"
-        if "trust_remote_code" in str(error):
-            advice = "a model that brings its own code is not run here"
-        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
+@torch.no_grad()
+def check_prompt(policy: Policy) -> None:
+    """Ask about a white picture, if it can see any. Raises if processor and model do not fit."""
+    sees = hasattr(policy.processor, "image_processor")
+    picture = (lambda: Image.new("RGB", (64, 64), "white")) if sees else None
+    question = Example("Which?", "?", picture, name=f"--model {policy.model.name_or_path}")
+    with policy.autocast():
+        encode_prefix(policy.model, encode_prompts(policy, [question], 0))
 
 
 def make_policy(model: Model, processor: Any, device: torch.device,
@@ -1083,7 +1078,7 @@ def train(cfg: Config) -> None:
     """Carry out a run in its folder, alone."""
     source = model_source(cfg.model)
     if not cfg.resume and not Path(source).exists():  # fail before the data is downloaded
-        with loading(cfg.model):
+        with settings.loading(cfg.model, NAMES):
             transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     with runs.opened(cfg) as (examples, held_out):
         run(cfg, examples, held_out)

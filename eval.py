@@ -94,6 +94,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
         policy = importlib.import_module("support.fast").speed_up(policy)
     # By a model's whole name: a/model and b/model are two.
     default = name if saved else f"runs/eval-{str(folder).replace('/', '--')}"
+    if args.out and Path(args.out) != folder and (Path(args.out) / "metrics.jsonl").exists():
+        raise UserError(f"--out {args.out}: holds another run; name a folder of its own")
     out = open_folder(Path(args.out or default), stack)
     made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
     batch = args.batch or (64 if made else 32 if device.type == "cuda" else 8)

@@ -1063,6 +1063,9 @@ def test_figures_of_models_before_an_error_are_printed(
     out, err = capsys.readouterr()
     assert out.splitlines()[1].split()[:2] == ["tiny", "base"]
     assert "--model empty: cannot be loaded" in err
+    (tmp_path / "empty" / "metrics.jsonl").touch()
+    assert evaluate("tiny", "--out", "empty") == 2
+    assert "--out empty: holds another run" in capsys.readouterr().err
 
 
 @slow

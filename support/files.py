@@ -43,6 +43,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     """Give a folder to fill that then replaces `final`; a UserError leaves `final` as it was."""
     new, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
+        restore_folder(final)  # after a failure `old` may be the only one
         remove(new)
         remove(old)
         new.mkdir(parents=True)  # also if someone has renamed the run's folder meanwhile
@@ -52,6 +53,8 @@ def replaced_folder(final: Path) -> Iterator[Path]:
         new.rename(final)
     except (OSError, SafetensorError) as error:
         remove(new)
+        with contextlib.suppress(OSError):
+            restore_folder(final)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{final}: cannot be written ({reason}); what was there is kept") from None
     remove(old)

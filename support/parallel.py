@@ -107,7 +107,10 @@ def processes(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did; `device` as in `select_device`."""
     cuda = select_device(device).type == "cuda"
     if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"torchrun's environment: {str(error).splitlines()[0]}") from None
     try:
         yield
         if dist.is_initialized():
@@ -190,7 +193,7 @@ def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterabl
                ahead: int) -> Generator[Result]:
     """Yield `work(job, processor)` of each job, in order; `ahead` may be done before their turn."""
     # This process's part of the cores, one kept for the step itself.
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     threads = max(1, min(16, cores - 1, ahead))
     free = [copy.deepcopy(processor) for _ in range(threads)]  # a tokenizer cannot serve two
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -219,7 +220,7 @@ def settled(run: Path) -> None:
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Save the training state beside the weights, with what says whose it is. Raises OSError."""
-    state = state | {"weights": hash_weights(folder),
+    state = state | {"files": hash_files(folder),
                      "seal": read_config(folder.parent).get("seal")}
     with (folder / "training_state.pt").open("wb") as file:
         try:
@@ -228,10 +229,11 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
             raise error.__context__ or error from None
 
 
-def hash_weights(folder: Path) -> list[str]:
-    """A hash of each file of weights in a transformers directory."""
-    files_of_weights = sorted(folder.glob("[!.]*.safetensors"))
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of_weights]
+def hash_files(folder: Path) -> list[str]:
+    """A hash of each file of a transformers directory: weights, tokenizer, settings."""
+    its_files = sorted(path for path in folder.glob("[!.]*")
+                       if path.suffix in (".safetensors", ".json", ".jinja"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in its_files]
 
 
 def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
@@ -239,13 +241,13 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
-        if state["weights"] != hash_weights(file.parent):
-            raise ValueError("it was saved with other weights than those beside it")
+        if state.get("files") not in (None, hash_files(file.parent)):  # None: saved by older code
+            raise ValueError("it was saved with other weights or files than those beside it")
         settings_now = read_config(run)
-        if state["seal"] not in (None, settings_now.get("seal")):
+        if state.get("seal") not in (None, settings_now.get("seal")):
             raise ValueError("it was saved by a run with other settings")
-        if state["step"] > settings_now["steps"]:
-            raise ValueError(f"it is at step {state['step']} of a run of {settings_now['steps']}")
+        if state["step"] > (steps := settings_now.get("steps", state["step"])):
+            raise ValueError(f"it is at step {state['step']} of a run of {steps}")
         optimizer.load_state_dict(state["optimizer"])
         return state
     except (MemoryError, torch.OutOfMemoryError):
@@ -433,7 +435,7 @@ FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it ret
 def describe_groups(done: Step, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Rows for `samples.jsonl`: the groups of the prompts that are followed, or of one, in full."""
     # Chosen by a hash of the name, so that every run keeps the same.
-    hashes = [zlib.crc32(example.name.encode()) for example in done.examples]
+    hashes = [zlib.crc32(example.name.encode(errors="replace")) for example in done.examples]
     chosen = [p for p, value in enumerate(hashes) if value < FOLLOWED]
     numbers = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards,
                "advantage": done.advantages} if done.responses else {}  # SFT has none
@@ -518,6 +520,8 @@ def run_main(program: Callable[[], None]) -> int:
               or "t allocate memory" in str(error)):  # as PyTorch says on the CPU
             message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
                              "eval.py), --image-edge, --max-new-tokens or --generations"), 2
+        elif re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)):
+            message, code = "error: another process of this run has ended; --resume goes on", 1
         else:
             raise
     print(message, file=sys.stderr)

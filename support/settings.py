@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -10,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -32,6 +33,7 @@ class OneLineParser(HfArgumentParser):
             near = difflib.get_close_matches(word, known - {word})
             if near and word not in known:
                 message += f"; did you mean {near[0]}?"
+        message = re.sub(r"//[^/\s]*@", "//...@", message)  # a password
         raise UserError(f"{message} (--help shows all flags)")
 
 
@@ -132,6 +134,26 @@ def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
     if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
         raise UserError(f"{flag}{name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
                         f"{', '.join(sorted(known))}")
+
+
+@contextlib.contextmanager
+def loading(name: str, known: Iterable[str]) -> Iterator[None]:
+    """Turn whatever loading a model raises into a UserError: why in one line, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
+        reason = " ".join(str(error).split())[:200]
+        advice = ("one of its files is damaged or missing" if Path(name).is_dir() else
+                  f"give a hub id, a directory or one of {[*known]}; without a hub "
+                  "python -m support.smollm2 FOLDER makes a small text model")
+        for package in ("torchvision", "num2words"):
+            if package in reason.lower():  # asked for alone, pip would replace torch
+                advice = f"pip install -r requirements.txt {package}"
+        if "trust_remote_code" in str(error):
+            advice = "a model that brings its own code is not run here"
+        raise UserError(f"--model {name}: cannot be loaded ({reason}); {advice}") from None
 
 
 LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1,

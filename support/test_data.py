@@ -961,6 +961,12 @@ def test_a_damaged_model_is_named_when_it_is_loaded(
     model = copy.deepcopy(tiny.model)
     next(model.parameters()).data[0] = math.nan  # of the tower, which no check of words sees
     says(model, tiny.processor, "the weights are not finite")
+    processor = copy.deepcopy(tiny.processor)
+    processor.image_seq_len = 64
+    says(tiny.model, processor, "mage features")  # as transformers says it
+    model = copy.deepcopy(tiny.model)
+    model.generation_config.eos_token_id = "<end_of_utterance>"
+    says(model, tiny.processor, "cannot be loaded")
     # A folder goes before a short name.
     (tmp_path / "SmolVLM-256M").mkdir()
     monkeypatch.chdir(tmp_path)

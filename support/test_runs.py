@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import dyme
 import eval as evaluation
 from dyme import Config
 from reward import Example
-from support import DivergedError, UserError, files, settings, toy
+from support import DivergedError, UserError, files, parallel, settings, toy
 from support import runs as run_folders
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
 
@@ -361,6 +362,10 @@ def test_a_checkpoint_of_another_run_or_of_a_later_step_is_refused(
     change_config(runs / "a", steps=1)
     assert run(runs, "a", "--resume") == 2
     assert "it is at step 2 of a run of 1" in capsys.readouterr().err
+    with (runs / "a" / "checkpoint" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert run(runs, "a", "--resume") == 2
+    assert "other weights or files than those beside it" in capsys.readouterr().err
 
 
 def test_the_best_weights_are_written_again_if_a_copy_lacks_them(
@@ -555,6 +560,53 @@ def test_a_broken_chat_template_is_one_line(runs: Path, capsys: Capture, templat
     assert "\n" not in error
 
 
+def test_the_last_checkpoint_outlives_one_failure_after_another(
+        tmp_path: Path, monkeypatch: Patch) -> None:
+    real = Path.rename
+
+    def over_quota(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(path, target)
+
+    def save(text: str) -> None:
+        with files.replaced_folder(tmp_path / "checkpoint") as folder:
+            (folder / "weights").write_text(text)
+
+    save("step 2")
+    monkeypatch.setattr(Path, "rename", over_quota)
+    for _ in range(2):
+        with pytest.raises(UserError, match="Disk quota exceeded.*; what was there is kept"):
+            save("step 4")
+        assert written(tmp_path) == {"checkpoint/weights": b"step 2"}
+    monkeypatch.setattr(Path, "rename", real)
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # a kill between the two moves
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: fail(OSError(errno.EIO, "Input/output")))
+    with pytest.raises(UserError, match="Input/output"):
+        save("step 4")
+    assert written(tmp_path) == {"checkpoint/weights": b"step 2"}
+
+
+def test_a_process_that_is_lost_and_a_bad_environment_are_one_line(
+        monkeypatch: Patch, capsys: Capture) -> None:
+    assert run_folders.run_main(lambda: fail(RuntimeError(
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]"))) == 1
+    assert capsys.readouterr().err == (
+        "error: another process of this run has ended; --resume goes on\n")
+    with pytest.raises(RuntimeError):  # a fault of ours
+        run_folders.run_main(lambda: fail(RuntimeError("shapes do not fit")))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with (pytest.raises(UserError, match="torchrun's environment: .*two"),
+          parallel.processes("cpu")):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert [*parallel.in_threads(lambda job, _: job + 1, None, [1, 2], 1)] == [2, 3]
+
+
 def test_only_plain_files_are_replaced(runs: Path, capsys: Capture) -> None:
     (runs / "target").write_text("mine")
     (runs / "link").symlink_to(runs / "target")
@@ -644,6 +696,8 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_first_step(
 
 
 def test_a_password_in_a_url_is_not_printed(runs: Path, capsys: Capture) -> None:
+    with pytest.raises(UserError, match="--helper-ulr http://...@host; did you mean --helper-url"):
+        dyme.parse_config(["--helper-ulr", "http://me:s3cret@host"])
     assert run(runs, "a", "--helper-url", "me:secret@host", "--helper-model", "m") == 2
     assert "secret" not in capsys.readouterr().err
 
