@@ -1018,6 +1018,9 @@ def load_reference(trainer: Trainer, run: Path, step: int) -> Model:
             save_policy(trainer.policy, after_sft)
     source = str(after_sft) if cfg.mode == "two-stage" else cfg.model
     reference = load_policy(source, trainer.policy.device)
+    total = parallel.sum_weights(reference.model)
+    if not math.isclose(total, *trainer.kept.setdefault("reference", [total]), rel_tol=1e-6):
+        raise UserError(f"{source}: has other weights than when the run began to compare with it")
     reference = reference if cfg.plain else extra("fast").speed_up(reference)
     return reference.model.requires_grad_(False)
 
@@ -1090,6 +1093,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     # Without a checkpoint yet, a resumed run starts from the beginning.
     resumed = cfg.resume and (folder / "checkpoint").exists()
     policy = load_policy(str(folder) if resumed else cfg.model, device, cfg.image_edge)
+    parallel.check_same(policy.model)
     cfg.micro_batch = cfg.micro_batch or parallel.pass_size(device, cfg, examples)
     with parallel.errors_shared():
         trainer = make_trainer(cfg, policy)

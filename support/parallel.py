@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import functools
+import math
 import os
 import resource
 import sys
@@ -134,6 +135,18 @@ def check_share(prompts: int) -> None:
     """Raise UserError if a process would have no prompt of a step."""
     if prompts < count():
         raise UserError(f"--prompts {prompts}: fewer than the {count()} processes")
+
+
+def sum_weights(model: torch.nn.Module) -> float:
+    """The sum of all weights, which tells models apart."""
+    return sum(p.detach().double().sum().item() for p in model.parameters())
+
+
+def check_same(model: torch.nn.Module) -> None:
+    """Raise UserError if the processes have loaded different weights."""
+    total = sum_weights(model)
+    if not all(math.isclose(total, other, rel_tol=1e-6) for other in gather(total)):
+        raise UserError("the processes of this run have loaded different weights")
 
 
 def gather(value: T) -> list[T]:

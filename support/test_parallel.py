@@ -150,6 +150,20 @@ def test_processes_that_differ_in_flags_or_rows_are_refused(
     assert not (runs / "a").exists()
 
 
+def test_other_weights_than_those_of_other_processes_or_of_before_are_refused(
+        tiny: dyme.Policy, monkeypatch: Patch) -> None:
+    trainer = dyme.make_trainer(dyme.Config(beta=0.1, mode="grpo", plain=True), tiny)
+    assert not any(p.requires_grad for p in dyme.load_reference(trainer, HERE, 0).parameters())
+    dyme.load_reference(trainer, HERE, 0)
+    trainer.kept["reference"][0] += 0.1
+    with pytest.raises(UserError, match="tiny: has other weights than when the run began"):
+        dyme.load_reference(trainer, HERE, 0)
+    parallel.check_same(tiny.model)
+    monkeypatch.setattr(parallel, "gather", lambda value: [value, value + 0.1])
+    with pytest.raises(UserError, match="have loaded different weights"):
+        parallel.check_same(tiny.model)
+
+
 def test_a_gradient_that_no_process_has_stays_away(monkeypatch: Patch) -> None:
     ours, theirs, nobodys = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     ours.grad = torch.ones(2)
