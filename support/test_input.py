@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,10 @@ def test_a_line_separator_in_a_question_breaks_no_file(runs: Path, capsys: Captu
     assert evaluate(*again) == 0
     assert "tested on all" not in capsys.readouterr().err
     assert len(files.read_jsonl(runs / "a" / "predictions.jsonl")) == 1
+    assert evaluate(str(runs / "a")) == 0  # as the run says: 1,024 tokens would be too many
+    latin = runs / os.fsdecode(b"caf\xe9.jsonl")
+    latin.write_text("\n".join(rows))
+    assert run(runs, "b", *flags[:2], "--data", str(latin), "--steps", "1") == 0
     # The rows are known by their hash, wherever they lie, and refused once they have changed.
     (runs / "moved").mkdir()
     moved = (runs / "rows.jsonl").rename(runs / "moved" / "rows.jsonl")
