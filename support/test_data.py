@@ -859,7 +859,7 @@ def test_eval_takes_its_flags_in_any_order_and_can_ask_directly(
     asked = []
     encode = dyme.encode_prompts
     monkeypatch.setattr(dyme, "encode_prompts",
-                        lambda *args: asked.append(args[3]) or encode(*args))
+                        lambda *args: asked.extend(args[3:]) or encode(*args))
     flags = [a, "--limit", "2", "--max-new-tokens", "4"]
     for more in ([], ["--prompt", "direct", "--samples", "2"]):
         assert run_folders.run_main(lambda more=more: evaluation.main([*flags, *more])) == 0

@@ -330,7 +330,7 @@ def test_the_picture_marks_false_numbers_and_shows_a_question_that_tells_modes_a
     for mode, right in (("dyme", True), ("sft", False)):
         run_folder = tmp_path / mode
         run_folder.mkdir()
-        saved = dataclasses.asdict(Config(mode=mode))  # type: ignore[arg-type]
+        saved = dataclasses.asdict(Config(mode=mode, lr=1e-3))  # type: ignore[arg-type]
         (run_folder / "config.json").write_text(json.dumps(saved))
         steps = [{"step": 0, "accuracy": 0.0}, {"step": 9, "accuracy": 0.5}]
         files.write_jsonl(run_folder / "evaluations.jsonl", steps)
