@@ -1112,7 +1112,8 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
         runs.print_stopped(folder)
         raise KeyboardInterrupt
     if trainer.failures > 1:
-        raise DivergedError(f"the last {trainer.failures} steps had a loss that was not finite")
+        raise DivergedError(f"the last {trainer.failures} steps had a loss or gradient that was "
+                            "not finite")
     runs.print_summary(folder, cfg.mode, cfg.steps)
 
 

@@ -153,7 +153,7 @@ def trained_on(run: Path, source: str, saved: dict[str, Any]) -> bool:
 
 def seal(saved: dict[str, Any]) -> str:
     """A hash of a run's settings, but for those that may change."""
-    free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal"}
+    free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal", "began"}
     fixed = {key: value for key, value in saved.items() if key not in free}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -170,6 +170,8 @@ def begin(cfg: Config, step: int, examples: list[Example], held_out: list[Exampl
     saved = dataclasses.asdict(cfg) | {"resume": False, "overwrite": False, "saved": resumed,
                                        "rows": describe_rows(examples, held_out)}
     saved["seal"] = seal(saved)
+    # As it began, whatever is changed later: by this its checkpoints are known.
+    saved["began"] = resumed and read_config(run).get("began") or saved["seal"]
     files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
     # A resumed run repeats what came after its checkpoint.
     for name, last in (("metrics", step - 1), ("samples", step - 1), ("evaluations", step)):
@@ -221,7 +223,7 @@ def settled(run: Path) -> None:
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Save the training state beside the weights, with what says whose it is. Raises OSError."""
     state = state | {"files": hash_files(folder),
-                     "seal": read_config(folder.parent).get("seal")}
+                     "began": read_config(folder.parent).get("began")}
     with (folder / "training_state.pt").open("wb") as file:
         try:
             torch.save(state, file)
@@ -244,7 +246,7 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
         if state.get("files") not in (None, hash_files(file.parent)):  # None: saved by older code
             raise ValueError("it was saved with other weights or files than those beside it")
         settings_now = read_config(run)
-        if state.get("seal") not in (None, settings_now.get("seal")):
+        if state.get("began") not in (None, settings_now.get("began")):
             raise ValueError("it was saved by a run with other settings")
         if state["step"] > (steps := settings_now.get("steps", state["step"])):
             raise ValueError(f"it is at step {state['step']} of a run of {steps}")
@@ -520,7 +522,7 @@ def run_main(program: Callable[[], None]) -> int:
               or "t allocate memory" in str(error)):  # as PyTorch says on the CPU
             message, code = ("error: out of memory; lower the batch (--micro-batch; --batch in "
                              "eval.py), --image-edge, --max-new-tokens or --generations"), 2
-        elif re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)):
+        elif re.search(r"(?is)(gloo|nccl).*(closed|reset|remote process)", str(error)):
             message, code = "error: another process of this run has ended; --resume goes on", 1
         else:
             raise

@@ -171,7 +171,7 @@ def check(cfg: Config, models: Iterable[str]) -> None:
     budget, url = re.fullmatch(r"budget:(\d+)", cfg.switch), cfg.helper_url
     refused = {
         f"--out {ascii(cfg.out)}: its name is not UTF-8":
-            cfg.out.encode(errors="replace") != cfg.out.encode(errors="surrogateescape"),
+            any("\ud800" <= c <= "\udfff" for c in cfg.out),
         "--tensorboard: needs `pip install tensorboard`":
             cfg.tensorboard and importlib.util.find_spec("tensorboard") is None,
         f"--switch {cfg.switch}: give any-correct, threshold:0.8, anneal, budget:192, explore or "

@@ -351,6 +351,12 @@ def test_a_checkpoint_of_another_run_or_of_a_later_step_is_refused(
         assert run(runs, name, "--steps", "2", "--seed", str(ord(name))) == 0
     (runs / "a" / "checkpoint" / "._model.safetensors").write_bytes(b"as a Mac leaves in a copy")
     assert run(runs, "a", "--resume") == 0
+    change_config(runs / "a", warmup=7)  # told, and no other run for that: also if it is killed
+    for _ in range(2):  # before it saves again
+        shutil.copytree(runs / "a" / "checkpoint", runs / "before", dirs_exist_ok=True)
+        assert run(runs, "a", "--resume") == 0
+        shutil.rmtree(runs / "a" / "checkpoint")
+        (runs / "before").rename(runs / "a" / "checkpoint")
     (runs / "a" / "checkpoint").rename(runs / "kept")
     shutil.copytree(runs / "b" / "checkpoint", runs / "a" / "checkpoint")
     before = written(runs / "a")
