@@ -124,8 +124,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
 def load_test(run: Path, source: str, saved: dict[str, Any], limit: int) -> list[Example]:
     """The rows to test on; of your own rows, a run on them is tested on the tenth held back."""
     own_rows = source.endswith((".json", ".jsonl"))
-    held_back = own_rows and runs.trained_on(run, source, saved)
-    rows = data.load_data(source, "val" if held_back else "test")
+    held_back = runs.held_back(run, source, saved) if own_rows else []
+    rows = held_back or data.load_data(source, "test")
     if own_rows and not held_back and parallel.is_main():
         print(f"{run}: tested on all {len(rows)} rows of {source}", file=sys.stderr)
     return data.held_out(source, rows, limit or len(rows))

@@ -136,11 +136,14 @@ def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
               file=sys.stderr)
 
 
-def trained_on(run: Path, source: str, saved: dict[str, Any]) -> bool:
-    """Did a run with these settings train on a file's rows? Raises UserError if on some."""
+def held_back(run: Path, source: str, saved: dict[str, Any]) -> list[Example]:
+    """The rows of a file that a run with these settings held back, if it trained on the others.
+
+    Raises UserError if the file has changed since then.
+    """
     if not str(saved.get("data", "")).endswith((".json", ".jsonl")):
-        return False
-    same = False
+        return []
+    val, same = list[Example](), False
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
         train, val = (data.load_data(source, split) for split in ("train", "val"))
         now = describe_rows(train, data.held_out(source, val, saved["eval_rows"]))
@@ -148,7 +151,7 @@ def trained_on(run: Path, source: str, saved: dict[str, Any]) -> bool:
     if not same and Path(source).resolve() == Path(saved["data"]).resolve():
         raise UserError(f"{source}: has changed since {run} trained on some of its rows; name "
                         "other rows by --data, or bring the old ones back")
-    return same
+    return val if same else []
 
 
 def seal(saved: dict[str, Any]) -> str:
