@@ -61,7 +61,7 @@ class Config:
     """All settings of a run, with the toy's values; `PRESETS` has those for other data."""
 
     model: str = flag("tiny", "tiny, a short name, hub id or directory")
-    data: str = flag("toy", "toy, sums, chartqa, DOMAIN:FOLDER, rows.jsonl")
+    data: str = flag("toy", "toy, sums, charts, chartqa, DOMAIN:FOLDER, rows.jsonl")
     mode: Literal["dyme", "sft", "grpo", "two-stage"] = flag("dyme", "or a baseline")
     out: str = flag("", "run folder [runs/MODEL-DATA-MODE-sSEED]")
     steps: int = flag(600, "optimisation steps")
@@ -87,7 +87,7 @@ class Config:
     no_checker: bool = flag(False, "keep the static r_t: the helper only refines")
     no_refiner: bool = flag(False, "keep the static traces: the helper only checks")
     seed: int = flag(0, "of data order and sampling")
-    traces: Literal["high", "medium", "low"] = flag("low", "of toy and sums")
+    traces: Literal["high", "medium", "low"] = flag("low", "of toy, sums and charts")
     hints: str = flag("", "a trace file of the release")
     augmented: bool = flag(False, "chartqa: machine-written questions too")
     image_edge: int = flag(0, "longest edge in pixels (0: the model's)")
@@ -108,13 +108,13 @@ PRESETS: dict[str, dict[str, Any]] = {
              "sft_steps": 10, "eval_rows": 64},  # for SmolLM2-135M on a CPU: support/SUMS.md
     # The release's main configuration (K = 8 there too), and a warm-up.
     "real": {"epochs": 10.0, "prompts": 32, "micro_batch": 0, "max_new_tokens": 300, "warmup": 50,
-             "sft_steps": 0, "eval_rows": 200},
-}
+             "sft_steps": 0, "eval_rows": 200}}
+PRESETS["charts"] = PRESETS["sums"]  # for the same model with eyes: support/SIGHT.md
 LEARNING_RATES = {
     "toy": {"dyme": 5e-4, "grpo": 1e-4, "two-stage": 5e-4, "sft": 2e-4},
     "sums": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
-    "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5},
-}
+    "charts": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
+    "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5}}
 
 # Modules of support/ that stand above this file, by the setting that asks for each: `attach` gives
 # the trainer other functions.

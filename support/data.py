@@ -42,7 +42,8 @@ def load_data(data: str, split: str, traces: str = "low", augmented: bool = Fals
     if data.partition(":")[0] == "toy":
         return toy.load(data, split, traces)
     if is_made(data):
-        return importlib.import_module("support.sums").make_examples(data, split, traces)
+        made = importlib.import_module(f"support.{data.partition(':')[0]}")
+        return made.make_examples(data, split, traces)
     try:
         if own:
             examples, groups, skipped = read_own(Path(data))
@@ -76,8 +77,8 @@ def held_out(data: str, examples: list[Example], count: int) -> list[Example]:
 
 
 def is_made(data: str) -> bool:
-    """Are the rows made here: those of the toy, of sums?"""
-    return data.partition(":")[0] in ("toy", "sums")
+    """Are the rows made here: those of the toy, of sums, of charts?"""
+    return data.partition(":")[0] in ("toy", "sums", "charts")
 
 
 def name_of(data: str) -> str:
