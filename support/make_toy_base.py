@@ -5,6 +5,7 @@ The base lies in support/toy_base, so that everyone starts from the same weights
 
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 import dyme
 from dyme import Policy, Sequence
+from reward import Example
 from support import fast, runs, toy
 
 SEED, STEPS, BATCH, LR, WARMUP = 1, 900, 64, 3e-3, 50
@@ -25,12 +27,13 @@ def new_policy(seed: int) -> Policy:
     return fast.speed_up(dyme.make_policy(model, processor, torch.device("cpu")))
 
 
-def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
-    """Pre-train a policy on `steps` batches of lessons."""
+def teach(policy: Policy, lessons: Iterator[tuple[Example, str]], steps: int, batch: int,
+          lr: float) -> None:
+    """Pre-train what is not frozen of a policy on `steps` batches of lessons."""
     torch.set_num_threads(1)  # the weights must not depend on the number of cores
-    lessons = toy.lessons(seed, batch * steps, FLAGGED, dyme.PROMPT)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LR, weight_decay=0.01, fused=True)
-    for step in tqdm(range(steps), "making the tiny base model", ncols=80):
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
+    for step in tqdm(range(steps), "lessons", ncols=80):
         part = list(itertools.islice(lessons, batch))
         inputs = dyme.encode_prompts(policy, [e for e, _ in part], room=0, prompt="{question}")
         targets = []
@@ -41,9 +44,9 @@ def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
             policy, policy.model, inputs, [*range(batch)], targets, temperature=1.0)
         weights, explore = torch.full((batch,), 1 / batch), torch.zeros(batch, dtype=torch.bool)
         dyme.policy_loss(logprobs, mask, weights, explore).backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = LR * min((step + 1) / WARMUP, 1 - 0.9 * step / steps)
+            group["lr"] = lr * min((step + 1) / WARMUP, 1 - 0.9 * step / steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -51,7 +54,8 @@ def teach(policy: Policy, steps: int, batch: int, seed: int) -> None:
 def main(folder: Path, seed: int = SEED) -> None:
     """Make the base and write it into a folder."""
     policy = new_policy(seed)
-    teach(policy, STEPS, BATCH, seed)
+    lessons = toy.lessons(seed, BATCH * STEPS, FLAGGED, dyme.PROMPT)
+    teach(policy, lessons, STEPS, BATCH, LR)
     policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     print(f"wrote {folder}")

