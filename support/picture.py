@@ -1,4 +1,4 @@
-"""Draw the README's picture from runs of the toy: a chart, what models say of it, their accuracy.
+"""Draw a picture from runs on charts: one of them, what models say of it, their accuracy.
 
     python -m support.picture support/picture.png runs/tiny-toy-{dyme,sft,grpo,two-stage}-s0
 
@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from dyme import Config
-from support import UserError, files, report, runs, settings, toy
+from support import UserError, data, files, report, runs, settings
 
 Row = dict[str, Any]
 SIZE, LEFT, MIDDLE, RIGHT = (1600, 600), 40, 430, 1010  # pixels; where three columns begin
@@ -86,16 +86,19 @@ def draw(folders: list[Path]) -> Image.Image:
     base, ours = (held_out(folders[0], first) for first in (True, False))
     other = held_out(folders[1], first=False)
     name = choose(base, ours, other)
-    example = next(e for e in toy.make_examples("val") if e.name == name)
-    modes = [settings.read(run, Config)["mode"] for run in folders]
+    saved = [settings.read(run, Config) for run in folders]
+    example = next(e for e in data.load_data(saved[0]["data"], "val") if e.name == name)
+    modes = [row["mode"] for row in saved]
     modes = [NAMES.get(mode, mode) for mode in modes]
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
     assert example.image
-    chart = example.image().resize((320, 320), Image.Resampling.NEAREST)
-    image.paste(chart, (LEFT, 90))
+    chart = example.image()
+    whole = 320 % chart.width == 0  # then its pixels may be seen
+    smooth = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    image.paste(chart.resize((320, 320), smooth), (LEFT, 90))
     pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
-    pen.text((LEFT, 30), "a chart of the toy", TEXT, font(22))
+    pen.text((LEFT, 30), "a chart", TEXT, font(22))
     y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)
     write(pen, (LEFT, y + 6), [("numbers ", GREY), ("from the chart", TRUE), (" and ", GREY),
                                ("not from it", FALSE)], 330, 18)
