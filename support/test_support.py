@@ -44,10 +44,21 @@ def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
 def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> None:
     facts = {e.facts for split in ("train", "val", "test") for e in toy.make_examples(split)}
     lessons = [lesson for lesson, _ in toy.lessons(0, 3400, 0.0, dyme.PROMPT)]
-    assert not any(re.search("sum of|taller", lesson.question) for lesson in lessons)
+    asked = [lesson.question for lesson in lessons]
+    # Numbers are added and subtracted, bars never are.
+    assert any(re.search("the sum of [1-9] and [1-9]", question) for question in asked)
+    assert not any(re.search("of [a-z]+ and|taller", question) for question in asked)
     charts = {lesson.image.__self__.facts() for lesson in lessons}
     assert len(charts) == 3400
     assert charts.isdisjoint(facts)
+    heights = [[*lesson.image.__self__.values.values()] for lesson in lessons]
+    repeated = [len({*of_chart}) == 3 for of_chart in heights]
+    assert 0.27 < sum(repeated) / 3400 < 0.33
+    for lesson, of_chart in zip(lessons, heights, strict=True):  # and the question has one answer
+        if "tallest" in lesson.question:
+            assert of_chart.count(max(of_chart)) == 1
+        if "shortest" in lesson.question:
+            assert of_chart.count(min(of_chart)) == 1
     left_to_chance = {chart.facts() for chart in toy.random_charts([4, 0], 3400)}
     assert not left_to_chance.isdisjoint(facts)
 

@@ -187,12 +187,19 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
     """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
 
     They read bars or calculate, never both, in other words than the traces; a share `flagged` has
-    the flag. No chart is one of the toy's own.
+    the flag. No chart is one of the toy's own. In three of ten two bars are equally high, so that
+    the base can read such charts; the toy's own have none.
     """
     rng = np.random.default_rng([3, seed])
     reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}
     charts = random_charts([4, seed], count, reserved)
     for chart, kind in zip(charts, itertools.cycle(KNOWN_KINDS), strict=False):
+        if rng.random() < 0.3:
+            a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
+            chart.values[a] = chart.values[b]
+            extreme = max if kind == "tallest" else min
+            if chart.values[a] == extreme(chart.values.values()):
+                kind = "value"  # two bars are the tallest, or the shortest
         task = rng.random()
         if task < 0.3:
             question, response, answer = calculation_lesson(rng)
@@ -207,12 +214,19 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
 
 
 def calculation_lesson(rng: np.random.Generator) -> tuple[str, str, str]:
-    """Bare arithmetic, the chart beside it ignored: request, response, result."""
+    """Arithmetic alone, the chart beside it ignored: request, response, result."""
     a, b = (1 + rng.integers(9, size=2)).tolist()
-    working, result = f"{a} + {b}", a + b
-    if a != b and rng.random() < 0.5:
-        working, result = f"{max(a, b)} - {min(a, b)}", abs(a - b)
-    return f"Calculate {working}.", f"{working} = {result}.", str(result)
+    sign, what, result = "+", "sum", a + b
+    if rng.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        sign, what, result = "-", "difference", a - b
+    working, goal = f"{a} {sign} {b} = {result}", f"{what} of {a} and {b}"
+    if rng.random() < 0.5:
+        return f"Calculate {a} {sign} {b}.", f"{working}.", str(result)
+    parts = {"and": f"{a} and {b}", "list": f"{a}, {b}", "goal": goal, "working": working,
+             "answer": str(result)}
+    wording = LESSONS[rng.integers(len(LESSONS))]
+    return f"Calculate the {goal}.", wording.format(**parts), str(result)
 
 
 def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str]:
