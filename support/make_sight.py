@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import dyme
 from reward import Example
-from support import UserError, charts, fast, make_toy_base, runs, sight
+from support import UserError, charts, fast, make_toy_base, runs, settings, sight
 
 SEED, BATCH, STEPS, LR = 0, 32, 4000, 1e-3  # of learning words
 LESSONS, LESSON_LR, RANK = 120, 3e-3, 4  # batches of 8 through the language model
@@ -52,7 +52,7 @@ def description(chart: charts.Chart) -> list[str]:
 
 
 def learn_words(model: sight.Model, processor: Any, seed: int) -> None:
-    """Train the eyes: each visual token is classified among the embeddings of some thirty words."""
+    """Train the eyes: each visual token is classified among the embeddings of 21 words."""
     words = [*(f"Ġ{name}" for name in charts.COLORS), *"0123456789", "Ġ", ",", "Ċ"]
     ids = processor.tokenizer.convert_tokens_to_ids(words)
     table = model.get_input_embeddings().weight[ids].detach()  # (W, D)
@@ -124,7 +124,7 @@ class LowRank(torch.nn.Module):
         return weight + self.up @ self.down  # (out, in)
 
 
-def main(language: Path, file: Path) -> None:
+def make(language: Path, file: Path) -> None:
     """Make the weights and write them into a file, in 16 bits."""
     if not (language / "config.json").is_file():
         raise UserError(f"{language}: no model; python -m support.smollm2 FOLDER makes one")
@@ -147,6 +147,14 @@ def main(language: Path, file: Path) -> None:
     print(f"wrote {file}")
 
 
+def main() -> None:
+    """Read the command line, make the weights."""
+    parser = settings.one_line_parser(__doc__ or "")
+    parser.add_argument("language", metavar="LANGUAGE", type=Path, help="the folder of SmolLM2")
+    parser.add_argument("file", metavar="FILE", type=Path, nargs="?", default=sight.WEIGHTS)
+    args = parser.parse_args()
+    make(args.language, args.file)
+
+
 if __name__ == "__main__":
-    language, file = [*sys.argv[1:], "", ""][:2]
-    sys.exit(runs.run_main(lambda: main(Path(language), Path(file or sight.WEIGHTS))))
+    sys.exit(runs.run_main(main))

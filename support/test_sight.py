@@ -58,7 +58,7 @@ def test_a_chart_that_comes_again_is_left_out_and_lessons_take_none_of_the_rows(
     other = charts.Chart({"red": 1, "blue": 2, "green": 3, "pink": 4})
     drawn = itertools.cycle([CHART, CHART, other])
     monkeypatch.setattr(charts, "random_chart", lambda rng: next(drawn))
-    assert [*itertools.islice(charts.random_charts(0), 2)] == [CHART, other]
+    assert [*itertools.islice(charts.random_charts(), 2)] == [CHART, other]
     monkeypatch.setattr(charts, "make_examples", lambda data, split, traces: [
         reward.Example("", "", facts=CHART.facts())])
     assert [*itertools.islice(make_sight.training_charts(0), 3)] == [other] * 3
@@ -119,7 +119,7 @@ def test_the_recipe_and_the_model_it_makes(tmp_path: Path, monkeypatch: pytest.M
     for name, value in {"STEPS": 3, "LESSONS": 2, "BATCH": 4}.items():
         monkeypatch.setattr(make_sight, name, value)
     language, file = small_language(tmp_path / "language"), tmp_path / "new.safetensors"
-    make_sight.main(language, file)
+    make_sight.make(language, file)
     sight.build(language, tmp_path / "model", file)
     policy = dyme.load_policy(str(tmp_path / "model"), torch.device("cpu"))
     saved = safetensors.torch.load_file(file)
@@ -157,7 +157,7 @@ def test_eyes_that_are_in_the_repository_read() -> None:
     model = transformers.AutoModelForImageTextToText.from_config(config)
     sight.eyes(model).load_state_dict(
         {name: x.float() for name, x in stored.items() if not name[0].isdigit()})
-    seen = [chart for _, chart in zip(range(64), charts.random_charts(0), strict=False)]
+    seen = [chart for _, chart in zip(range(64), charts.random_charts(), strict=False)]
     with torch.no_grad():
         pixels = torch.stack([make_sight.picture(chart) for chart in seen])
         tower = model.model.vision_model(pixel_values=pixels).last_hidden_state
