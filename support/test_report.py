@@ -116,7 +116,7 @@ def described(cfg: Row, group: Row) -> Row:
     """A group as the page shows it."""
     right = sum(response["r_a"] > 0 for response in group["responses"])
     group = group | {"right": right, "explores": group["mode"] in ("exploration", "both")}
-    return report.describe_group(cfg, group, report.Shelf())
+    return report.describe_group(cfg, group, {})
 
 
 # ---- What a run keeps ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 import base64
 import contextlib
+import functools
 import html
 import io
 import json
@@ -24,6 +25,7 @@ from support.report.records import MODE_NAMES, Row, Run, read_run
 from support.thinking import quoted_numbers
 
 POINTS, ANSWERS, KINDS, PAGE_BYTES = 500, 40, 12, 8e6  # at most of each on a page, about
+Pictures = dict[str, Callable[[], Any]]  # what opens them, by their address
 MARK = '<meta name="runs" content='  # in the head of a page, before the runs that it shows
 HELD_OUT, KIND, SWITCH, OTHER = "Held-out rows", "Kinds of question", "Switch", "Optimisation"
 CHARTS = (  # section, title, unit, key; axis: of a share from 0 to 1, "top" from the lowest to 1
@@ -49,7 +51,6 @@ CHARTS = (  # section, title, unit, key; axis: of a share from 0 to 1, "top" fro
     (OTHER, "Learning rate", "as used in the step", "lr", ""),
     (OTHER, "KL", "to the reference policy, with --beta", "kl", ""),
     (OTHER, "Step time", "seconds", "seconds", ""))
-KINDS_OF_NUMBER = {True: "yes", False: "no", None: ""}  # None: not judged
 STEP_KEYS = [key for section, _, _, key, _ in CHARTS if section != HELD_OUT]
 SCORES = {"accuracy": "accuracy", "valid_thinking": "valid thinking",
           "thinking_judged": "thinking that rules can judge", "in_format": "in the format",
@@ -57,7 +58,7 @@ SCORES = {"accuracy": "accuracy", "valid_thinking": "valid thinking",
 
 
 def write_page(argv: list[str]) -> None:
-    """Write a page that shows what run folders hold. Raises UserError if none of them is one."""
+    """Write a page that shows what run folders hold. Raises UserError if none is one."""
     parser = settings.one_line_parser("Write one page about runs: modes, story, curves, answers.")
     parser.prog = "eval.py report"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
@@ -98,9 +99,9 @@ def check_out(out: Path, mark: str, asked: bool) -> None:
 
 def page_content(runs: list[Run], notes: list[str]) -> Row:
     """All that the page shows of runs; to `notes` is added what was left out, and why."""
-    shelf = Shelf()
-    shown = [describe_run(run, shelf, ANSWERS // len(runs) + 1) for run in runs]
-    stories = [told for i, run in enumerate(runs) if (told := story.tell(run, shown, i))]
+    pictures: Pictures = {}
+    shown = [describe_run(run, pictures, ANSWERS // len(runs) + 1) for run in runs]
+    stories = [*filter(None, (story.tell(run, shown, i) for i, run in enumerate(runs)))]
     stories.sort(key=lambda told: shown[told["run"]]["mode"] != "dyme")  # the paper's method first
     notes += [f"{run.name}: damaged records are left out: "
               + ", ".join(f"{count} of {file}" for file, count in run.lost.items() if count)
@@ -108,39 +109,31 @@ def page_content(runs: list[Run], notes: list[str]) -> Row:
     content = {"summary": f"Runs: {', '.join(str(run.folder) for run in runs)}", "notes": notes,
                "headline": story.headline(runs), "stories": stories, "charts": charts(runs, shown),
                "table": result_table(runs), "runs": shown}
-    return content | {"images": fit(content, shelf)}
+    return content | {"images": fit(content, pictures)}
 
 
-class Shelf:
-    """The data of runs, as far as it is at hand; each set is read once."""
-
-    def __init__(self) -> None:
-        self.sets: dict[tuple, dict[str, Example]] = {}
-        self.pictures: dict[str, Callable[[], Any]] = {}  # what opens them, by their address
-
-    def rows(self, cfg: Row, split: str) -> dict[str, Example]:
-        """A split of a run's data, by the names of its rows; empty if it is not at hand."""
-        source = (cfg["data"], split, cfg["traces"], cfg["augmented"], cfg["hints"])
-        if source not in self.sets:
-            self.sets[source] = {}
-            with contextlib.suppress(Exception):  # of any kind: the page can do without
-                self.sets[source] = {one.name: one for one in data.load_data(*source)}
-        return self.sets[source]
-
-    def look_up(self, cfg: Row, split: str, row: Row) -> tuple[str | None, str | None]:
-        """The visual facts of a row, if it is at hand, and the address of its picture, if any."""
-        address = f"{cfg['data']} {split} {row['name']}"
-        example = self.rows(cfg, split).get(row["name"])
-        if not example or example.question != row["question"]:
-            return None, address
-        if example.image:
-            self.pictures[address] = example.image
-        return example.facts, address if example.image else None
+@functools.cache
+def read_rows(*source: Any) -> dict[str, Example]:
+    """A split of data, by the names of its rows; empty if it is not at hand."""
+    with contextlib.suppress(Exception):  # of any kind: the page can do without
+        return {one.name: one for one in data.load_data(*source)}
+    return {}
 
 
-def describe_run(run: Run, shelf: Shelf, most: int) -> Row:
+def look_up(cfg: Row, split: str, row: Row, pictures: Pictures) -> tuple[str | None, str | None]:
+    """The visual facts of a row, if it is at hand, and the address of its picture, if any."""
+    known = read_rows(cfg["data"], split, cfg["traces"], cfg["augmented"], cfg["hints"])
+    example, address = known.get(row["name"]), f"{cfg['data']} {split} {row['name']}"
+    if not example or example.question != row["question"]:
+        return None, address
+    if example.image:
+        pictures[address] = example.image
+    return example.facts, address if example.image else None
+
+
+def describe_run(run: Run, pictures: Pictures, most: int) -> Row:
     """What is shown of a run; `switched` of an explored group: when its prompt was memorized."""
-    cfg, groups = run.cfg, [describe_group(run.cfg, group, shelf) for group in run.groups]
+    cfg, groups = run.cfg, [describe_group(run.cfg, group, pictures) for group in run.groups]
     memorized: dict[str, Row] = {}
     for group in groups:
         before = memorized.pop(group["name"], None)
@@ -151,23 +144,24 @@ def describe_run(run: Run, shelf: Shelf, most: int) -> Row:
     kinds = story.hardest_kinds(run.evaluations)[:KINDS]
     held_out = [chart[3] for chart in CHARTS if chart[0] == HELD_OUT]
     # The steps of an epoch, where each step takes as many rows as the others.
-    steps = cfg["mode"] in ("dyme", "grpo") and len(shelf.rows(cfg, "train")) / cfg["prompts"]
+    rows = read_rows(cfg["data"], "train", cfg["traces"], cfg["augmented"], cfg["hints"])
+    steps = cfg["mode"] in ("dyme", "grpo") and len(rows) / cfg["prompts"]
     compared = "which r_t compares with" if not cfg["helper_rates"] else "r_t is a helper's here"
     return {"name": run.name, "mode": cfg["mode"], "steps": cfg["steps"], "epoch": steps,
             "compared": f"Reference trace, {compared}", "kinds": kinds,
             "weights": [cfg["thinking_weight"], cfg["format_weight"]],
-            "groups": groups, "all_groups": len(groups), "answers": answers(run, shelf, most),
+            "groups": groups, "all_groups": len(groups), "answers": answers(run, pictures, most),
             "metrics": columns(run.metrics, STEP_KEYS),
             "evaluations": columns(run.evaluations, held_out + [f"accuracy_{k}" for k in kinds])}
 
 
-def describe_group(cfg: Row, group: Row, shelf: Shelf) -> Row:
+def describe_group(cfg: Row, group: Row, pictures: Pictures) -> Row:
     """A row of `samples.jsonl`, with its texts marked, and what the story says of it."""
     known = (group["facts"], group["question"])
     group = group | {
         "responses": [r | {"text": mark(r["text"], *known)} for r in group["responses"]],
         "trace": mark(group["trace"], *known), "target": mark(group["target"], *known),
-        "image": shelf.look_up(cfg, "train", group)[1]}
+        "image": look_up(cfg, "train", group, pictures)[1]}
     return group | {"why": story.explain_mode(cfg, group), "remarks": story.remarks(cfg, group),
                     "equations": story.equations(cfg, group), "telling": story.telling(group)}
 
@@ -177,12 +171,13 @@ def mark(text: str | None, facts: str | None, question: str) -> list[list[str]]:
     text, parts, end = text or "", [], 0
     thinking = re.split(re.escape(FLAG), text, flags=re.IGNORECASE)[0]
     for start, stop, grounded in quoted_numbers(thinking, facts, question) if facts else ():
-        parts += [[text[end:start], ""], [text[start:stop], KINDS_OF_NUMBER[grounded]]]
+        kind = {True: "yes", False: "no", None: ""}[grounded]  # None: not judged
+        parts += [[text[end:start], ""], [text[start:stop], kind]]
         end = stop
     return [part for part in [*parts, [text[end:], ""]] if part[0]]
 
 
-def answers(run: Run, shelf: Shelf, most: int) -> list[Row]:
+def answers(run: Run, pictures: Pictures, most: int) -> list[Row]:
     """At most so many held-out responses, of the base and of the end; those that changed first."""
     base = {row["name"]: row for row in run.before}
     pairs = [(base[row["name"]], row) for row in run.after if row["name"] in base]
@@ -191,7 +186,7 @@ def answers(run: Run, shelf: Shelf, most: int) -> list[Row]:
     changed = data.spread(changed, most * 3 // 4 + 1)
     found = []
     for pair in changed + data.spread(alike, most - len(changed)):
-        facts, image = shelf.look_up(run.cfg, "val", pair[1])
+        facts, image = look_up(run.cfg, "val", pair[1], pictures)
         cells = [{"text": mark(row["response"][:3000], facts, row["question"]),
                   "r_a": row["accuracy"], "r_f": row["in_format"], "finished": row["finished"],
                   "fault": row["thinking_fault"]} for row in pair]
@@ -251,7 +246,7 @@ def result_table(runs: list[Run]) -> Row:
                         "seed", "steps", "evaluated at step", "rows evaluated"], "rows": table}
 
 
-def fit(content: Row, shelf: Shelf) -> dict[str, str]:
+def fit(content: Row, pictures: Pictures) -> dict[str, str]:
     """Keep of the runs' groups those that fit on the page; their pictures as data URLs."""
     shown, golden = content["runs"], (math.sqrt(5) - 1) / 2
     told = {(one["run"], one["name"]) for one in content["stories"]}
@@ -268,9 +263,10 @@ def fit(content: Row, shelf: Shelf) -> dict[str, str]:
         budget -= len(json.dumps(row))
         kept.add(id(row))
         address = row["image"]
-        if address in shelf.pictures and address not in images:
+        if address in pictures and address not in images:
             with contextlib.suppress(UserError, OSError):
-                file, image = io.BytesIO(), data.shrink(shelf.pictures[address](), 480)
+                file, image = io.BytesIO(), pictures[address]()
+                image.thumbnail((480, 480))
                 kind = "png" if max(image.size) <= 128 else "jpeg"
                 image.convert("RGB").save(file, kind, optimize=True)
                 text = base64.b64encode(file.getvalue()).decode()
