@@ -1,13 +1,11 @@
 """Bar charts as a person draws them, and the toy's five kinds of question: `--data charts`.
 
-For SmolLM2 with eyes (support/sight.py): a title, an axis, four to six bars with their names, and
-heights of up to two digits. As on the toy, traces of lower quality quote heights that no bar has;
-the answer is always right, and follows from them where it can.
+For SmolLM2 with eyes (support/sight.py). As on the toy, traces of lower quality quote heights that
+no bar has; the answer is always right, and follows from them where it can.
 """
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,14 +21,11 @@ SPLITS = {"train": (0, 2048), "val": (2048, 512), "test": (2560, 512)}  # first 
 EDGE, LEFT, RIGHT, UPPER, LOWER = 192, 20, 189, 22, 172  # the picture and its axes, in pixels
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(toy.Chart):
     """Four to six bars of different colours, and of different heights from 1 to 50."""
 
-    values: dict[str, int]  # by colour, from left to right
-
     def draw(self) -> Image.Image:
-        """Draw 192 x 192 pixels, three to a unit of height."""
+        """Draw 192 x 192 pixels, three to a unit of height: a title, an axis, named bars."""
         image = Image.new("RGB", (EDGE, EDGE), "white")
         pen, font = ImageDraw.Draw(image), ImageFont.load_default(9)
         pen.text((EDGE / 2, 9), "Sales by colour", fill="black", anchor="mm", font=font)
@@ -45,10 +40,6 @@ class Chart:
             pen.text((round(x + slot / 2), LOWER + 9), name, "black", font, "mm")
         pen.line((LEFT, UPPER - 4, LEFT, LOWER, RIGHT, LOWER), fill="black")
         return image
-
-    def facts(self) -> str:
-        """The visual facts, such as `red 4, blue 27, green 12, brown 39`."""
-        return ", ".join(f"{name} {value}" for name, value in self.values.items())
 
 
 def random_chart(rng: np.random.Generator) -> Chart:

@@ -1,12 +1,12 @@
 """Make sight.safetensors again, from its recipe: `python -m support.make_sight LANGUAGE [FILE]`.
 
-LANGUAGE is the folder of SmolLM2 (support/smollm2.py). The eyes first learn to write: each of the
-36 visual tokens shall come out as the *input embedding of a word* of the chart's description, which
-needs no pass of the language model. Then, with the eyes frozen, a low-rank change of the language
-model's attention is trained on a thousand lessons in which it reads bars aloud. Nothing is taught
-of sums, differences, comparing, or the answer format.
+LANGUAGE is the folder of SmolLM2 (support/smollm2.py). First each of the 36 visual tokens learns to
+be the *input embedding of a word* of the chart's description: no pass of the language model. Then,
+with the eyes frozen, a low-rank change of its attention learns to read bars aloud. Nothing is
+taught of sums, differences, comparing, or the answer format.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -33,12 +33,11 @@ ANSWERS = ("The value of {bar} is {n}.", "{bar} reads {n}.", "I see {bar} {n}.",
 
 def training_charts(seed: int) -> Iterator[charts.Chart]:
     """Charts without end, none of them in the rows of `--data charts`."""
-    reserved = {e.facts for split in charts.SPLITS for e in charts.make_examples(
-        "charts", split, "high")}
+    reserved = {e.facts for split in charts.SPLITS
+                for e in charts.make_examples("charts", split, "high")}
     rng = np.random.default_rng([11, seed])
     while True:
-        chart = charts.random_chart(rng)
-        if chart.facts() not in reserved:
+        if (chart := charts.random_chart(rng)).facts() not in reserved:
             yield chart
 
 
@@ -59,9 +58,11 @@ def learn_words(model: sight.Model, processor: Any, seed: int) -> None:
     scale = 20 / squared_distances(table, table).mean()  # so that logits are of a usual size
     parameters = [*sight.eyes(model).parameters()]
     optimizer = torch.optim.AdamW(parameters, LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 100, (1 + math.cos(math.pi * step / STEPS)) / 2 + 0.02))
     found = training_charts(seed)
     for step in (bar := tqdm(range(STEPS), "learning words", ncols=80)):
-        batch = [next(found) for _ in range(BATCH)]
+        batch = [*itertools.islice(found, BATCH)]
         pixels = torch.stack([picture(chart) for chart in batch])  # (B, 3, 192, 192)
         target = torch.tensor([[words.index(w) for w in description(c)] for c in batch])  # (B, 36)
         seen = model.model.vision_model(pixel_values=pixels).last_hidden_state  # (B, 36, H)
@@ -70,10 +71,8 @@ def learn_words(model: sight.Model, processor: Any, seed: int) -> None:
         loss = F.cross_entropy(-distance.flatten(0, 1), target.flatten()) + near
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        decay = (1 + math.cos(math.pi * step / STEPS)) / 2 + 0.02
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min((step + 1) / 100, decay)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
             right = (distance.argmin(-1) == target).view(BATCH, sight.GRID, -1).all(-1)
@@ -102,9 +101,9 @@ def lessons(seed: int) -> Iterator[tuple[Example, str]]:
             question = f"Describe {', '.join(listed)}."
             response = ", ".join(f"{bar} {chart.values[bar]}" for bar in listed) + "."
         else:
-            question = QUESTIONS[rng.integers(len(QUESTIONS))].format(bar=bars[0])
-            response = ANSWERS[rng.integers(len(ANSWERS))].format(bar=bars[0],
-                                                                  n=chart.values[bars[0]])
+            bar, n = bars[0], chart.values[bars[0]]
+            question = QUESTIONS[rng.integers(len(QUESTIONS))].format(bar=bar)
+            response = ANSWERS[rng.integers(len(ANSWERS))].format(bar=bar, n=n)
             if rng.random() < 0.6:
                 question = dyme.PROMPT.format(question=question)
         yield Example(question, "", chart.draw), response
@@ -134,27 +133,21 @@ def make(language: Path, file: Path) -> None:
     sight.eyes(model).requires_grad_(True)
     learn_words(model, processor, SEED)
     model.requires_grad_(False)  # what the eyes write is good: now it is learned to be read
-    changes = {}
-    for name, linear in sight.adapted(model).items():
-        changes[name] = LowRank(linear.weight)
-        parametrize.register_parametrization(linear, "weight", changes[name])
+    adapted = sight.adapted(model)
+    for linear in adapted.values():
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight))
     policy = fast.speed_up(dyme.make_policy(model, processor, torch.device("cpu")))
     make_toy_base.teach(policy, lessons(SEED), LESSONS, 8, LESSON_LR)
     weights = sight.eyes(model).state_dict()
-    for name, change in changes.items():
-        weights |= {f"{name}.{key}": x for key, x in change.state_dict().items()}
+    for name, linear in adapted.items():
+        change = linear.parametrizations.weight[0]
+        weights |= {f"{name}.up": change.up, f"{name}.down": change.down}
     safetensors.torch.save_file({k: x.half().contiguous() for k, x in weights.items()}, file)
     print(f"wrote {file}")
 
 
-def main() -> None:
-    """Read the command line, make the weights."""
+if __name__ == "__main__":
     parser = settings.one_line_parser(__doc__ or "")
     parser.add_argument("language", metavar="LANGUAGE", type=Path, help="the folder of SmolLM2")
     parser.add_argument("file", metavar="FILE", type=Path, nargs="?", default=sight.WEIGHTS)
-    args = parser.parse_args()
-    make(args.language, args.file)
-
-
-if __name__ == "__main__":
-    sys.exit(runs.run_main(main))
+    sys.exit(runs.run_main(lambda: make(**vars(parser.parse_args()))))

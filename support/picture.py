@@ -8,14 +8,13 @@ The first run's question is shown, as answered by the base, by the first run and
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from dyme import Config
 from support import UserError, data, files, report, runs, settings
+from support.report.records import Row
 
-Row = dict[str, Any]
 SIZE, LEFT, MIDDLE, RIGHT = (1600, 600), 40, 430, 1010  # pixels; where three columns begin
 LINES = ("#1f4fc8", "#d62728", "#2c962c", "#ff8c00", "#823cb4")
 NAMES = {"dyme": "DyME", "sft": "SFT", "grpo": "GRPO"}
@@ -32,9 +31,9 @@ def held_out(run: Path, first: bool) -> dict[str, Row]:
 
 def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row]) -> str:
     """A sum that the base has wrong, the first run right with valid thinking, the second not."""
-    for name in ours:
-        if (ours[name]["source"] == "sum" and ours[name]["valid_thinking"]
-                and not base[name]["any_format"] and not other[name]["any_format"]):
+    for name, row in ours.items():
+        others_right = base[name]["any_format"] or other[name]["any_format"]
+        if row["source"] == "sum" and row["valid_thinking"] and not others_right:
             return name
     raise UserError("no sum that the base and the second run have wrong and the first has right")
 
@@ -49,9 +48,8 @@ def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], pieces: list[tuple[s
     """Write coloured pieces of text, wrapped to a width; the height where they end."""
     letters, (x, y) = font(size), place
     for text, colour in pieces:
-        for word in re.findall(r"\n|[^\s]+ ?| ", text):
-            long = pen.textlength(word.rstrip(), letters)
-            if word == "\n" or x + long > place[0] + width:
+        for word in re.findall(r"\n|\S+ ?| ", text):
+            if word == "\n" or x + pen.textlength(word.rstrip(), letters) > place[0] + width:
                 x, y = place[0], y + size + 6
             if word != "\n":
                 pen.text((x, y), word, colour, letters)
@@ -62,12 +60,12 @@ def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], pieces: list[tuple[s
 def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, float]]]) -> None:
     """Held-out accuracy over steps, a line for each mode, with its name at its end."""
     width, height, top = 430, 440, 90
-    last = max(step for points in curves.values() for step, _ in points)
+    last = max(points[-1][0] for points in curves.values())
     pen.text((RIGHT, 30), "held-out accuracy over steps", TEXT, font(22))
-    for tenth in (0, 5, 10):
-        y = top + height - height * tenth / 10
+    for share in (0.0, 0.5, 1.0):
+        y = top + height - height * share
         pen.line((RIGHT, y, RIGHT + width, y), "#dddddd")
-        pen.text((RIGHT - 36, y - 10), f"{tenth / 10:.1f}", GREY, font(16))
+        pen.text((RIGHT - 36, y - 10), f"{share:.1f}", GREY, font(16))
     for step in (0, last):
         pen.text((RIGHT + width * step / last - 10, top + height + 8), str(step), GREY, font(16))
     ends = list[float]()
@@ -88,15 +86,14 @@ def draw(folders: list[Path]) -> Image.Image:
     name = choose(base, ours, other)
     saved = [settings.read(run, Config) for run in folders]
     example = next(e for e in data.load_data(saved[0]["data"], "val") if e.name == name)
-    modes = [row["mode"] for row in saved]
-    modes = [NAMES.get(mode, mode) for mode in modes]
+    modes = [NAMES.get(row["mode"], row["mode"]) for row in saved]
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
     assert example.image
     chart = example.image()
-    whole = 320 % chart.width == 0  # then its pixels may be seen
-    smooth = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
-    image.paste(chart.resize((320, 320), smooth), (LEFT, 90))
+    # Enlarged by a whole number its pixels may be seen.
+    how = Image.Resampling.LANCZOS if 320 % chart.width else Image.Resampling.NEAREST
+    image.paste(chart.resize((320, 320), how), (LEFT, 90))
     pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
     pen.text((LEFT, 30), "a chart", TEXT, font(22))
     y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)

