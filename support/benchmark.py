@@ -2,10 +2,9 @@
 
     python -m support.benchmark --steps 10 --model SmolVLM-256M --data chartqa --prompts 4
 
-Times steps of the run that the other flags of dyme.py describe (`--plain` among them), with
-responses of full length and coin-flip rewards, so that every group explores. Nothing is saved. A
-part's floor is what its matrix products must take on this machine, or in decoding its reads of
-weights and cache if these take longer. The last line is the median step.
+Times steps of the run that the other flags of dyme.py describe; its responses have full length, and
+every group explores. A part's floor is what its matrix products must take on this machine, or in
+decoding its reads of weights and cache if these take longer.
 """
 
 import contextlib
@@ -14,8 +13,8 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,16 @@ from dyme import Config, Policy, Response, Sequence, Trainer
 from reward import Example
 from support import data, fast, parallel, runs, settings
 
-PARTS = ("feed", "vision", "prompt", "decode", "scoring", "update")
 # Floating-point operations of `fast.product`, where torch has it (not on a Mac), from the shapes.
 FLOPS = {operation: lambda a, b, *_, **__: 2 * math.prod(a) * b[0]
          for operation in [getattr(torch.ops.mkldnn, "_linear_pointwise", None)] if operation}
 
 
-def benchmark(cfg: Config, steps: int) -> None:
-    """Time so many steps of training, after one of warm-up."""
+def make_trainer(cfg: Config) -> Trainer:
+    """A trainer whose responses never end, and which changes no weight."""
     examples = data.load_data(cfg.data, "train", cfg.traces, cfg.augmented, cfg.hints)
     settings.settle_length(cfg, len(examples))
     parallel.check_share(cfg.prompts)
-    trainer = make_trainer(cfg, examples)
-    records = time_steps(trainer, steps)
-    if parallel.is_main():
-        median = {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}
-        batch = [examples[i] for i in dyme.step_rows(cfg, steps, len(examples))]
-        print_figures(trainer, steps, median, batch)
-
-
-def make_trainer(cfg: Config, examples: list[Example]) -> Trainer:
-    """A trainer whose responses never end, and which changes no weight."""
     device = parallel.select_device(cfg.device)
     policy = dyme.load_policy(cfg.model, device, cfg.image_edge)
     micro_batch = cfg.micro_batch or parallel.pass_size(device, cfg, examples)
@@ -70,20 +58,21 @@ def coin_flips(responses: list[list[Response]], examples: list[Example]) -> tupl
     return coins, torch.zeros_like(r_t)
 
 
-def time_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
-    """Seconds of the parts of each step, the first of which warms up."""
-    spent, records = time_sampling(trainer.policy), list[dict[str, float]]()
+def time_steps(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Median seconds of a step's parts, and its tokens; the first step warms up."""
+    device, spent, records = trainer.policy.device, time_sampling(trainer.policy), []
     with contextlib.closing(dyme.feed_prompts(trainer, range(steps + 1))) as stream:
         for step in tqdm(range(steps + 1), "benchmark", ncols=80, disable=not parallel.is_main()):
             spent.clear()
-            start = now(trainer.policy.device)
+            start = now(device)
             done = dyme.take_step(trainer, step, Path(), stream).metrics
             records.append({
-                "step": now(trainer.policy.device) - start, "tokens": done["tokens"],
-                "vision": spent["vision"], "prompt": spent["prompt"] - spent["vision"],
+                "feed": done["seconds_feed"], "vision": spent["vision"],
+                "prompt": spent["prompt"] - spent["vision"],
                 "decode": done["seconds_sampling"] - spent["prompt"],
-                **{name: done[f"seconds_{name}"] for name in ("feed", "scoring", "update")}})
-    return records
+                "scoring": done["seconds_scoring"], "update": done["seconds_update"],
+                "step": now(device) - start, "tokens": done["tokens"]})
+    return {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}
 
 
 def now(device: torch.device) -> float:
@@ -97,16 +86,14 @@ def time_sampling(policy: Policy) -> dict[str, float]:
     """Count the seconds that prompts, and images in them, take in sampling from now on."""
     spent: dict[str, float] = defaultdict(float)
 
-    def hook(name: str, sign: int) -> Callable[..., None]:
-        def count(_: Any, __: Any, kwargs: dict[str, Any], *___: Any) -> None:
-            if not torch.is_grad_enabled() and "cache" not in kwargs:  # else update, or decoding
-                spent[name] += sign * now(policy.device)
-        return count
+    def count(name: str, sign: int, _: Any, __: Any, kwargs: dict[str, Any], *___: Any) -> None:
+        if not torch.is_grad_enabled() and "cache" not in kwargs:  # else update, or decoding
+            spent[name] += sign * now(policy.device)
 
     towers = [("vision", tower) for tower in dyme.vision_towers(policy.model)]
     for name, module in [("prompt", policy.model.base_model), *towers]:
-        module.register_forward_pre_hook(hook(name, -1), with_kwargs=True)
-        module.register_forward_hook(hook(name, +1), with_kwargs=True)
+        module.register_forward_pre_hook(partial(count, name, -1), with_kwargs=True)
+        module.register_forward_hook(partial(count, name, +1), with_kwargs=True)
     return spent
 
 
@@ -121,23 +108,23 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example], K: int, T: 
     inputs = dyme.encode_prompts(policy, chunk, T)
     rows = [p for p in range(len(chunk)) for _ in range(max(K, 1))]
     sequences = [Sequence(p, [0] * T, 1.0, True) for p in rows]
-    work, caches = dict[str, float](), []
-    for part in ("with images", "prompt", "update"):
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            if part == "update":
-                policy.logprobs(policy, model, inputs, rows, sequences, 1.0)[0].sum().backward()
-            else:  # the fast path encodes images once: the second time they cost nothing
-                with torch.no_grad(), policy.autocast():
-                    caches.append(dyme.encode_prefix(model, inputs).cache)
-        work[part] = counter.get_total_flops()
-    work["vision"] = work.pop("with images") - work["prompt"]
+    count = partial(FlopCounterMode, display=False, custom_mapping=FLOPS)
+    with torch.no_grad(), policy.autocast():
+        with count() as with_images:
+            prefix = dyme.encode_prefix(model, inputs)
+        with count() as prompt:  # the fast path encodes images once: now they cost nothing
+            dyme.encode_prefix(model, inputs)
+    with count() as update:
+        policy.logprobs(policy, model, inputs, rows, sequences, 1.0)[0].sum().backward()
     scale = share / len(chunk)
-    floor = {name: scale * operations / flops_rate for name, operations in work.items()}
+    floor = {name: scale * counter.get_total_flops() / flops_rate for name, counter in (
+        ("vision", with_images), ("prompt", prompt), ("update", update))}
+    floor["vision"] -= floor["prompt"]
     if not K:
         return {"update": floor["update"] + floor["vision"]}
-    towers = {id(p) for tower in dyme.vision_towers(model) for p in tower.parameters()}
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in towers)
-    cache = sum(x.keys.numel() + x.values.numel() for x in caches[0].layers)
+    towers = sum(p.numel() for tower in dyme.vision_towers(model) for p in tower.parameters())
+    weights = model.num_parameters() - towers
+    cache = sum(x.keys.numel() + x.values.numel() for x in prefix.cache.layers)
     responses = cache / inputs["input_ids"].numel() * len(rows) * T / 2  # on average
     # For each token decoding reads weights and cache once, and multiplies all rows by the weights.
     read = weights + scale * (cache + responses)
@@ -152,25 +139,24 @@ def machine_rates(policy: Policy) -> tuple[float, float, int]:
     block = torch.zeros(2**28, dtype=torch.uint8, device=device)
     other = torch.empty_like(block)
     with torch.no_grad(), policy.autocast():
-        half = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
-        a = torch.randn(n, n, device=device).to(dtype)
-        by_onednn = any(isinstance(m, fast.Linear) for m in policy.model.modules()) and not half
-        product, times = fast.product if by_onednn else torch.mm, []
+        # Multiplied, it has the precision that passes have.
+        a = torch.randn(n, n, device=device) @ torch.eye(n, device=device)
+        by_onednn = a.dtype == torch.float32 and any(
+            isinstance(m, fast.Linear) for m in policy.model.modules())
+        product, best = fast.product if by_onednn else torch.mm, np.full(2, np.inf)
         for _ in range(8):
             start = now(device)
             product(a, a)
             middle = now(device)
             other.copy_(block)
-            times.append((middle - start, now(device) - middle))
-    products, copies = zip(*times, strict=True)
-    return 2 * n**3 / min(products), 2 * block.numel() / min(copies), a.element_size()
+            best = np.minimum(best, [middle - start, now(device) - middle])
+    return 2 * n**3 / best[0], 2 * block.numel() / best[1], a.element_size()
 
 
-def print_figures(trainer: Trainer, steps: int, median: dict[str, float],
-                  batch: list[Example]) -> None:
+def print_figures(trainer: Trainer, steps: int, median: dict[str, float]) -> None:
     """Print the parts of a step beside their floor; the last line is the median step."""
     cfg, policy = trainer.cfg, trainer.policy
+    batch = [trainer.rows[i] for i in dyme.step_rows(cfg, steps, len(trainer.rows))]
     flops_rate, copy_rate, size = machine_rates(policy)
     K = cfg.generations if median["decode"] else 0
     T = round(median["tokens"] / (len(batch) * max(K, 1)))
@@ -180,7 +166,7 @@ def print_figures(trainer: Trainer, steps: int, median: dict[str, float],
     print(f"{cfg.model}, {cfg.mode}, {path}, {cfg.prompts} prompts x {cfg.generations} responses x "
           f"{cfg.max_new_tokens} tokens, micro-batch {cfg.micro_batch}, {policy.device}, "
           f"{steps} steps\n{'':10}{'seconds':>9}{'floor':>9}{'ratio':>7}")
-    for name in (*PARTS, "step"):
+    for name in [*median][:-1]:  # all but the tokens
         least = floor.get(name, 0.0)
         ratio = f"{median[name] / least:7.1f}" if least else ""
         print(f"{name:10}{median[name]:9.3f}{least:9.3f}{ratio}")
@@ -192,7 +178,7 @@ def print_figures(trainer: Trainer, steps: int, median: dict[str, float],
 
 
 def main() -> None:
-    """Read the flags, join the other processes if there are any, and time."""
+    """Read the flags, join other processes if there are any, and time."""
     parser = settings.one_line_parser("Time steps of the run that flags of dyme.py describe.")
     parser.add_argument("--steps", type=int, default=10, help="steps to time [10]")
     args, flags = parser.parse_known_args()
@@ -200,7 +186,10 @@ def main() -> None:
         parser.error(f"--steps {args.steps}: must be at least 1")
     cfg = dyme.parse_config(flags)
     with parallel.processes(cfg.device):
-        benchmark(cfg, args.steps)
+        trainer = make_trainer(cfg)
+        median = time_steps(trainer, args.steps)
+        if parallel.is_main():
+            print_figures(trainer, args.steps, median)
 
 
 if __name__ == "__main__":
