@@ -1,6 +1,5 @@
 """Score a student's file by the course's checks: python -m support.grade FILE --seed 7"""
 
-import argparse
 import json
 import os
 import re
@@ -9,22 +8,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support import UserError
+from support import UserError, runs, settings
 
 CHECKS = Path(__file__).with_name("test_course.py")
 VERDICTS = {"passed": "right", "failed": "wrong", "skipped": "missing"}
 
 
 def grade(file: Path, seed: int, limit: float) -> dict[str, tuple[str, str]]:
-    """Verdict and message of each check. Raises UserError if the file cannot be imported."""
-    if not file.is_file() or seed < 0 or not limit > 0:
-        raise UserError(f"{file}: no such file" if seed >= 0 < limit else
-                        "--seed must be at least 0, --limit more than 0")
+    """Verdict and message of each check. Raises UserError."""
+    if seed < 0 or not limit > 0:
+        raise UserError("--seed must be at least 0, --limit more than 0")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     names = re.findall(r"^def (test_exercise_\w+)", CHECKS.read_text(), re.MULTILINE)
     results: dict[str, tuple[str, str]] = {}
-    while left := names[len(results):]:  # begun again after a check that ended the process
-        code, lines = run_checks(
-            file.resolve(), seed, limit, [f"{CHECKS}::{name}" for name in left])
+    while left := names[len(results):]:  # again, after one that ended the process
+        code, lines = run_checks(file, seed, limit, [f"{CHECKS}::{name}" for name in left])
         stages = [json.loads(line) for line in lines if line.startswith("[")]
         late = any(line.startswith("Timeout (") for line in lines)
         why = f"it runs for more than {limit:g} s" if late else f"it ends the process ({code=})"
@@ -42,30 +41,26 @@ def grade(file: Path, seed: int, limit: float) -> dict[str, tuple[str, str]]:
 
 
 def run_checks(file: Path, seed: int, limit: float, checks: list[str]) -> tuple[int, list[str]]:
-    """Run checks in a process of their own: its exit code, and what conftest.py reports."""
+    """Run checks in a process: its exit code, and what conftest.py reports."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        given = {"COURSE_FILE": file, "COURSE_SEED": seed, "COURSE_LIMIT": limit,
-                 "COURSE_REPORT": report, "PYTHONDONTWRITEBYTECODE": 1}
+        given = {"COURSE_FILE": str(file.resolve()), "COURSE_SEED": str(seed),
+                 "COURSE_LIMIT": str(limit), "COURSE_REPORT": str(report)}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *checks],
-            cwd=CHECKS.parents[1], env=os.environ | {key: str(x) for key, x in given.items()},
+            [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", *checks],
+            cwd=CHECKS.parents[1], env=os.environ | given,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return done.returncode, report.read_text().splitlines() if report.exists() else []
 
 
-def main() -> int:
-    """Read the flags, grade, and print the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+def main() -> None:
+    """Read the flags, grade, print the table."""
+    parser = settings.one_line_parser(__doc__ or "")
     parser.add_argument("file", type=Path, help="what a student wrote")
     parser.add_argument("--seed", type=int, default=0, help="draws the cases [0, as students do]")
     parser.add_argument("--limit", type=float, default=60, help="seconds for a check [60]")
     args = parser.parse_args()
-    try:
-        results = grade(args.file, args.seed, args.limit)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    results = grade(args.file, args.seed, args.limit)
     for name, (verdict, said) in results.items():
         number, title = name.removeprefix("test_exercise_").split("_", 1)
         print(f"{int(number):2} {title.replace('_', ' '):40} {verdict:8}",
@@ -73,8 +68,7 @@ def main() -> int:
     count = [verdict for verdict, _ in results.values()].count
     total = ", ".join(f"{count(verdict)} {verdict}" for verdict in VERDICTS.values())
     print(f"{len(results)} checks, seed {args.seed}: {total}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runs.run_main(main))
