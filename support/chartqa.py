@@ -15,6 +15,7 @@ from support import UserError, data, domains
 
 HUB = ("ahmed-masry/ChartQA", "ChartQA Dataset.zip")  # 875 MB
 REVISION = "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"
+Cell = tuple[str, str, str]  # of a chart's table: row, column, value
 
 
 def read(name: str, split: str, augmented: bool) -> data.Rows:
@@ -77,9 +78,6 @@ def table_facts(table: list[list[str]]) -> str:
     return "\n".join(facts)
 
 
-Cell = tuple[str, str, str]  # row, column, value
-
-
 def named(labels: list[str], question: str) -> list[int]:
     """Which labels have half of their words in the question; all, if none has."""
     asked = set(re.findall(r"\w+", question.lower()))
@@ -88,46 +86,40 @@ def named(labels: list[str], question: str) -> list[int]:
     return found or [*range(len(labels))]
 
 
-def relevant_cells(table: list[list[str]], question: str, answer: str, most: int = 8) -> list[Cell]:
-    """Pick the cells whose labels the question names, those that hold the answer first."""
-    (_, *columns), *rows = table
+def chart_trace(table: list[list[str]], question: str, answer: str) -> str | None:
+    """Make a Goal / Observation / Reasoning / Conclusion trace from cells that the question names.
+
+    At most eight, those that hold the answer first; None without any.
+    """
+    (_, *columns), *rows = table or [[""]]
     cells = [(rows[r][0], columns[c], rows[r][c + 1])
              for r in named([row[0] for row in rows], question) for c in named(columns, question)
              if rows[r][c + 1:] and rows[r][c + 1] not in ("", "-", "nan")]
-    chosen = sorted(cells, key=lambda cell: not holds(cell, answer))[:most]
-    return [cell for cell in cells if cell in chosen]
-
-
-def holds(cell: Cell, answer: str) -> bool:
-    """Is the answer the cell's value, or one of its labels?"""
-    return any(reward.answers_match(part, answer) for part in cell)
-
-
-def chart_trace(table: list[list[str]], question: str, answer: str) -> str | None:
-    """Make a Goal / Observation / Reasoning / Conclusion trace from relevant cells, if any."""
-    cells = relevant_cells(table, question, answer) if len(table) > 1 else []
+    holding = [cell for cell in cells if any(reward.answers_match(part, answer) for part in cell)]
+    chosen = (holding + [cell for cell in cells if cell not in holding])[:8]
+    cells = [cell for cell in cells if cell in chosen]
     if not cells:
         return None
+    if holding:
+        row, column, value = holding[0]
+        reasoning = f"Among these, {row} ({column}) with {value} is the one asked for."
+    else:
+        reasoning = explain(cells, question, answer)
     observed = ", ".join(f"{row} ({column}) = {value}" for row, column, value in cells)
     return (f"Goal: {question}\nObservation: The chart shows {observed}.\n"
-            f"Reasoning: {explain(cells, question, answer)}\nConclusion: The answer is {answer}.")
-
-
-CUES = ("sum|total|add|differ|average|mean|median|ratio|times|divid|more|less|change|combined|"
-        "together|increase|decrease|higher|lower|gap|subtract")
+            f"Reasoning: {reasoning}\nConclusion: The answer is {answer}.")
 
 
 def explain(cells: list[Cell], question: str, answer: str) -> str:
-    """Say how the answer follows from the cells: read off, one arithmetic step, or compared."""
-    for cell in cells:
-        if holds(cell, answer):
-            return f"Among these, {cell[0]} ({cell[1]}) with {cell[2]} is the one asked for."
+    """Say how the answer follows from the cells: one arithmetic step, or compared."""
     number = reward.parse_number(answer)
     wanted = math.nan if number is None else number
     numbers = [(text.rstrip("%"), value) for _, _, text in cells
                if (value := reward.parse_number(text)) is not None]
     # Without a cue in the question, arithmetic that fits is mostly a coincidence.
-    cued = numbers and re.search(CUES, question.lower())
+    cued = numbers and re.search(
+        "sum|total|add|differ|average|mean|median|ratio|times|divid|more|less|change|combined|"
+        "together|increase|decrease|higher|lower|gap|subtract", question.lower())
     for group in (numbers, *itertools.permutations(numbers, 2)) if cued else ():
         texts, values = zip(*group, strict=True)
         terms, total = " + ".join(texts), sum(values)

@@ -1,4 +1,4 @@
-"""Rows of data: what `--data` names, your own rows, pictures, and references that can be imitated.
+"""Rows of data: what `--data` names, your own rows, pictures, references that can be imitated.
 
 Published data sets stand above, in domains.py and chartqa.py, loaded only where one is named.
 """
@@ -231,12 +231,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shrink(image: Image.Image, longest_edge: int) -> Image.Image:
-    """Limit the longest edge to that many pixels (0: leave it as it is)."""
-    image.thumbnail((longest_edge or image.width, longest_edge or image.height))
-    return image
-
-
 def check_references(examples: list[Example], policy: "Policy",
                      length: Callable[[Example], int]) -> list[Example]:
     """The rows, less traces too long to imitate, by `length` in tokens. Raises UserError."""
@@ -248,12 +242,12 @@ def check_references(examples: list[Example], policy: "Policy",
                             "takes for a picture")
         # To measure takes time, and few texts have more bytes than half of a context has tokens.
         long = len(f"{example.trace or ''}{example.answer}".encode()) > limit / 2
-        if long and example.trace and length(example) > limit:
-            short.append(example.name)
-            example = replace(example, trace=None)
         if long and length(example) > limit:
-            raise UserError(f"{example.name}: question and answer exceed the model's context of "
-                            f"{limit} tokens")
+            example = replace(example, trace=None)
+            short.append(example.name)
+            if length(example) > limit:
+                raise UserError(f"{example.name}: question and answer exceed the model's context "
+                                f"of {limit} tokens")
         kept.append(example)
     if short and parallel.is_main():
         print(f"warning: {len(short)} training rows have a trace too long for the context of "

@@ -23,7 +23,7 @@ class Domain:
 
     files: dict[str, str]  # split: pattern of its file's name; val is else a tenth of train
     row: Callable[[dict[str, Any], Any, str], Example | None]  # (row, folder, name); None: ignored
-    page: str  # where to get it
+    page: str = ""  # where to get it, if not from the hub
     hub: tuple[str, ...] = ()  # data set id and files, where they can be downloaded
 
 
@@ -38,7 +38,8 @@ def read(source: str, split: str, augmented: bool) -> data.Rows:
     part = "train" if split == "val" and "val" not in domain.files else split
     if part not in domain.files:
         raise UserError(f"--data {source}: has no {split} split (it has {', '.join(domain.files)})")
-    advice = f"get it from {domain.page} and give its folder as --data {name}:FOLDER"
+    page = domain.page or f"https://huggingface.co/datasets/{domain.hub[0]}"
+    advice = f"get it from {page} and give its folder as --data {name}:FOLDER"
     root = Path(folder) if folder else download(name, domain.hub, advice)
     found = sorted(root.glob(domain.files[part]))
     if not found:
@@ -99,10 +100,13 @@ def open_zip(file: Path) -> tuple[zipfile.Path, ...]:
 
 def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
     """A-OKVQA (Schwenk et al., 2022): any of the direct answers is right."""
-    keys = ("direct_answers", "choices", "rationales")
-    answers, choices, rationales = (read_list(row, key) for key in keys)
-    said = Counter(map(reward.plain, answers))
-    difficult = bool(row.get("difficult_direct_answer"))
+    lists = []
+    for key in ("direct_answers", "choices", "rationales"):
+        if not isinstance(found := row.get(key) or [], list):
+            raise ValueError(f"its {key} is no list of texts")
+        lists.append([item for item in found if data.visible(item)])
+    answers, choices, rationales = lists
+    said, difficult = Counter(map(reward.plain, answers)), row.get("difficult_direct_answer")
     # *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
     # target (the correct choice, if it is a direct answer) and the trace are the release's.
     scores: dict[str, Callable[[str], Any]] = {
@@ -121,14 +125,6 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
                    accepts=lambda given, _: any(reward.answers_match(given, a) for a in answers))
 
 
-def read_list(row: dict[str, Any], key: str) -> list[str]:
-    """A row's list of texts. Raises ValueError."""
-    found = row.get(key) or []
-    if not isinstance(found, list):
-        raise ValueError(f"its {key} is no list of texts")
-    return [item for item in found if data.visible(item)]
-
-
 def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
     """SLAKE (Liu et al., 2021), English rows: closed questions exactly, open ones by words."""
     if row["q_lang"] != "en":
@@ -143,8 +139,8 @@ def slake_row(row: dict[str, Any], root: Path, name: str) -> Example | None:
         return len(words & said) / len(words)
 
     def accepts(given: str, _: float) -> bool:
-        alike = not closed and parts_of(answer) and parts_of(given) == parts_of(answer)
-        return bool(alike) or reward.answers_match(given, answer)
+        alike = not closed and parts_of(given) == parts_of(answer) != []
+        return alike or reward.answers_match(given, answer)
 
     return Example(row["question"], answer, find_image(root, ("imgs",), row["img_name"], name),
                    source="closed" if closed else "open", name=name,
@@ -185,6 +181,22 @@ def last_number(text: str) -> str:
 
 # ---- Geometry ------------------------------------------------------------------------------------
 
+Quantity = tuple[str, str, str]  # the name, value and unit of "Area = 9π cm^2"
+LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+"
+# How formulas and units are written, and what is compared instead.
+TEX = (
+    (r"\\[dt]?frac ?{([^{}]*)} ?{([^{}]*)}", r"(\1)/(\2)"),
+    (r"(?:\\sqrt|√) ?{([^{}]*)}", r"√(\1)"),
+    (r"\\pi|(?<![a-z])pi(?![a-z])", "π"),
+    (r"[掳º]|degrees?|\^?{?\\circ}?", "°"),
+    (r"(?:(c)enti|(m)illi|(k)ilo)?(?:(m)et(?:er|re)|(g)ram|(l)it(?:er|re))s?", r"\1\2\3\4\5\6"),
+    (r"\\(?:left|right|angle|(?=\W))|[$~∠]|(?<!\d) | (?!\d)", ""),
+    # (3)/(4) is 3/4
+    (r"(?<=[/√^])[({](-?[\w.π]+)[)}]|(?<![\w)])\((-?[\w.π√]+)\)(?=/)", r"\1\2"),
+)
+UNIT = (r"(?<=[\dπ.)])(?:square|sq\.?|cubic)?([ckm]?m|米|k?g|l|km/h|units?)"
+        r"(?:\^?[23]|[²³]|squared|cubed)?$")
+
 
 def geo170k_row(row: dict[str, Any], root: Path, name: str) -> Example:
     """Geo170K (Gao et al., 2023): a question with choices; the given solution is the trace."""
@@ -221,10 +233,6 @@ def geometry_example(question: str, answer: str, image: Any, name: str,
                    scores={"official": lambda given: float(accepts(given, 0.0))})
 
 
-Quantity = tuple[str, str, str]  # the name, value and unit of "Area = 9π cm^2"
-LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+"
-
-
 def letters(text: str, choices: dict[str, Quantity], unlisted: bool = False) -> set[str]:
     """The letters that a whole answer consists of: C; C and D; C (140°), if that is its value."""
     text = reward.strip_answer(text)
@@ -235,21 +243,6 @@ def letters(text: str, choices: dict[str, Quantity], unlisted: bool = False) -> 
     fits = match and match[1] in choices and same(quantity(match[2]), choices[match[1]])
     # Where the question lists no choices, any value may stand beside a letter.
     return {match[1]} if match and (fits or unlisted) else set()
-
-
-# How formulas and units are written, and what is compared instead.
-TEX = (
-    (r"\\[dt]?frac ?{([^{}]*)} ?{([^{}]*)}", r"(\1)/(\2)"),
-    (r"(?:\\sqrt|√) ?{([^{}]*)}", r"√(\1)"),
-    (r"\\pi|(?<![a-z])pi(?![a-z])", "π"),
-    (r"[掳º]|degrees?|\^?{?\\circ}?", "°"),
-    (r"(?:(c)enti|(m)illi|(k)ilo)?(?:(m)et(?:er|re)|(g)ram|(l)it(?:er|re))s?", r"\1\2\3\4\5\6"),
-    (r"\\(?:left|right|angle|(?=\W))|[$~∠]|(?<!\d) | (?!\d)", ""),
-    # (3)/(4) is 3/4
-    (r"(?<=[/√^])[({](-?[\w.π]+)[)}]|(?<![\w)])\((-?[\w.π√]+)\)(?=/)", r"\1\2"),
-)
-UNIT = (r"(?<=[\dπ.)])(?:square|sq\.?|cubic)?([ckm]?m|米|k?g|l|km/h|units?)"
-        r"(?:\^?[23]|[²³]|squared|cubed)?$")
 
 
 def quantity(text: str) -> Quantity:
@@ -296,10 +289,9 @@ def join(examples: list[Example], file: str) -> list[Example]:
     joined = []
     for example in examples:
         found = traces.get(key(example.question, example.answer), {})
-        own = (example.trace or "").strip()
         # Of several (for other images) a row takes the one that it has already, or none.
         for trace, facts in found.items():
-            if len(found) == 1 or trace == own:
+            if len(found) == 1 or trace == (example.trace or "").strip():
                 joined.append(replace(example, trace=trace, facts=facts or example.facts))
     if not joined:
         raise UserError(f"--hints {file}: has no trace for any row of --data (question, answer)")
@@ -320,14 +312,12 @@ DOMAINS = {
                      aokvqa_row, "https://github.com/allenai/aokvqa (and train2017/, val2017/ of "
                      "https://cocodataset.org)"),
     "slake": Domain({"train": "train*.json", "val": "valid*.json", "test": "test*.json"}, slake_row,
-                    "https://huggingface.co/datasets/BoKelvin/SLAKE",
-                    ("BoKelvin/SLAKE", "train.json", "validation.json", "test.json", "imgs.zip")),
+                    hub=("BoKelvin/SLAKE", "train.json", "validation.json", "test.json",
+                         "imgs.zip")),
     "geo170k": Domain({"train": "qa_tuning*.json"}, geo170k_row,
-                      "https://huggingface.co/datasets/Luckyjhg/Geo170K",
-                      ("Luckyjhg/Geo170K", "qa_tuning.json", "images.zip")),
+                      hub=("Luckyjhg/Geo170K", "qa_tuning.json", "images.zip")),
     "mathverse": Domain({"test": "testmini*.json"}, mathverse_row,
-                        "https://huggingface.co/datasets/AI4Math/MathVerse",
-                        ("AI4Math/MathVerse", "testmini.json", "images.zip")),
+                        hub=("AI4Math/MathVerse", "testmini.json", "images.zip")),
     "gsm8k": Domain({"train": "*train*.jsonl", "test": "*test*.jsonl"}, gsm8k_row,
                     "https://github.com/openai/grade-school-math (grade_school_math/data)"),
 }

@@ -39,10 +39,6 @@ def judge(example: Example, response: str, finished: bool) -> dict[str, Any]:
             "grounded_numbers": grounded if facts else 0, "quoted_numbers": quoted if facts else 0}
 
 
-# The published scores of ChartQA and SLAKE are means over these parts, not over rows.
-PARTS = ({"human", "augmented"}, {"open", "closed"})
-
-
 def summarise(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """Average judged responses, over all and by source (kind of question, or part of the data)."""
 
@@ -60,7 +56,8 @@ def summarise(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("accuracy", "any_format", "official", *own, "valid_thinking", "in_format", "finished",
             "length")
     summary = {key: mean(key, rows) for key in keys}
-    if sources.keys() in PARTS:
+    # The published scores of ChartQA and SLAKE are means over these parts, not over rows.
+    if sources.keys() in ({"human", "augmented"}, {"open", "closed"}):
         parts = {f"official_{name}": mean("official", part) or 0.0
                  for name, part in sorted(sources.items())}
         summary |= parts | {"official": sum(parts.values()) / len(parts)}
@@ -120,10 +117,9 @@ def thinking_fault(response: str, example: Example) -> str:
     cells, names = read_facts(facts)
     asked = {names[name] for name in re.findall(_any_of(names), _typed(example.question))}
     wanted = {abs(value) for labels, value in cells if asked & labels}
-    if not unknown and wanted.isdisjoint(_values(thinking)) and wanted:
-        unknown = [f"no value of {' or '.join(sorted(asked))} is quoted"]
-        if found:
-            return unknown[0]
+    if not unknown and wanted and wanted.isdisjoint(_values(thinking)):
+        unquoted = f"no value of {' or '.join(sorted(asked))} is quoted"
+        return unquoted if found else f"not judged: {unquoted}"
     return f"not judged: {unknown[0]}" if unknown else ""
 
 
