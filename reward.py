@@ -140,6 +140,7 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     return said == right
 
 
+is_list = re.compile(r"\[.*\]", re.DOTALL).fullmatch  # is it written in square brackets?
 # What may stand before an answer: "The answer is 5", "= 5", "about 5".
 LEAD_IN = (r"^(?:(?:so|thus|hence|therefore),? )?(?:(?:the )?(?:final |correct |right )?"
            r"(?:answer|result|value) (?:is|equals|=)|it is|it's)?[:=≈~ ]*"
@@ -191,9 +192,6 @@ def _plain_words(text: str, question: str) -> str:
     return re.sub(r"(?<=\d) ?(?:-|to) ?(?=\d)", "-", text)  # a range
 
 
-is_list = re.compile(r"\[.*\]", re.DOTALL).fullmatch  # is it written in square brackets?
-
-
 def _list_items(text: str) -> tuple[list[str], list[str]]:
     """Split "[a, b]" or "a, b" at its commas, and also at "and" and semicolons ("a, b and c")."""
     text = text.strip("[]()")
@@ -201,8 +199,7 @@ def _list_items(text: str) -> tuple[list[str], list[str]]:
     return commas, re.split(r", (?:and )?|; ?| and | & ", text)
 
 
-NAMED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-         "eleven", "twelve"]
+NAMED = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12, "": 1}
 UNITS = {"percent": "%", "per cent": "%", "percentage points": "%", "dollars": "$", "usd": "$",
@@ -210,6 +207,11 @@ UNITS = {"percent": "%", "per cent": "%", "percentage points": "%", "dollars": "
 NUMBER_TEXT = re.compile(
     r"([-+]?) ?([$€£¥]?) ?([-+]?)((?:\d+ )?\d+/0*[1-9]\d*|\d{1,3}(?: \d{3})+|"
     rf"(?:{NUMBER})(?:e[-+]?\d\d?)?) ?({'|'.join(SCALES)}) ?(%|°[cf]?|[$€£¥]|{'|'.join(UNITS)}|)")
+_stem = functools.partial(re.sub, "(?:ies|es|e|y|s)$", "")
+# These change the number before them ("5 or 6", "5 more", "5 million"), so they are no units.
+VALUE_WORDS = set(map(_stem, [*SCALES, *NAMED, *(
+    "and or of to not no more less fewer than over under above below by times half minus plus "
+    "dozen percent from between per x".split())]))
 
 
 def read_number(text: str) -> tuple[Fraction, str] | None:
@@ -227,15 +229,15 @@ def read_number(text: str) -> tuple[Fraction, str] | None:
 
 
 def _same_number(p: Fraction, p_unit: str, t: Fraction, t_unit: str, tolerance: Fraction) -> bool:
-    def close(given: Fraction, wanted: Fraction) -> bool:
-        return abs(given - wanted) <= tolerance * abs(wanted)
-
     # A unit may be left out, not changed: "42 %" for "42" is formatting (a chart's axis gives it).
-    if close(p, t) and (p_unit.startswith(t_unit) or t_unit.startswith(p_unit)):  # ° and °C
-        return True
+    alike = p_unit.startswith(t_unit) or t_unit.startswith(p_unit)  # ° and °C
+    pairs = [(p, t)] if alike else []
     # "42%" is also 0.42; but "500%" for "5" would pay a wrong value.
-    return (p_unit == "%" and not t_unit and abs(t) < 1 and close(p / 100, t)
-            or t_unit == "%" and not p_unit and abs(p) < 1 and close(p, t / 100))
+    if (p_unit, t_unit) == ("%", "") and abs(t) < 1:
+        pairs.append((p / 100, t))
+    if (p_unit, t_unit) == ("", "%") and abs(p) < 1:
+        pairs.append((p, t / 100))
+    return any(abs(given - wanted) <= tolerance * abs(wanted) for given, wanted in pairs)
 
 
 def parse_number(text: str) -> float | None:
@@ -244,22 +246,14 @@ def parse_number(text: str) -> float | None:
     return number and float(number[0])
 
 
-_stem = functools.partial(re.sub, "(?:ies|es|e|y|s)$", "")
-# These change the number before them ("5 or 6", "5 more", "5 million"), so they are no units.
-VALUE_WORDS = set(map(_stem, [*SCALES, *NAMED, *(
-    "and or of to not no more less fewer than over under above below by times half minus plus "
-    "dozen percent from between per x".split())]))
-
-
 # ---- Scoring the thinking ------------------------------------------------------------------------
-
-TOKEN = rf"{NUMBER}|\w+|[-+*/=×÷−]"
 
 
 def thinking_f1(response: str, trace: str) -> float:
     """r_t of Pure DyME: F1 of the bags of tokens of response and trace, before their flags."""
     # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
-    given, wanted = (Counter(re.findall(TOKEN, split_response(text)[0].lower()))
+    token = rf"{NUMBER}|\w+|[-+*/=×÷−]"
+    given, wanted = (Counter(re.findall(token, split_response(text)[0].lower()))
                      for text in (response, trace))
     overlap = (given & wanted).total()
     if not overlap:

@@ -1,7 +1,7 @@
 """What the paper compares DyME with: switching rules of Table 1b, and the release's deviations."""
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ def attach(trainer: Trainer) -> None:
     if rule == "memorize":
         trainer.switch = lambda r_a, r_t: torch.zeros(len(r_a), dtype=torch.bool)
     if rule == "threshold":
-        trainer.switch = threshold(float(value), cfg.thinking_weight)
+        trainer.switch = functools.partial(threshold, float(value), cfg.thinking_weight)
     if cfg.released_code:
         trainer.advantages = released_advantages
 
@@ -30,7 +30,7 @@ def attach(trainer: Trainer) -> None:
         if rule == "anneal":
             record.sequences += anneal(trainer, record)
         if rule == "budget":
-            record.sequences = memorize_failures(trainer, record, int(value))
+            memorize_failures(trainer, record, int(value))
         if cfg.released_code:
             weigh_as_released(record, cfg.generations)
         return record.sequences
@@ -38,16 +38,12 @@ def attach(trainer: Trainer) -> None:
     trainer.weigh = weigh
 
 
-def threshold(least: float, thinking_weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+def threshold(least: float, thinking_weight: float, r_a: Tensor, r_t: Tensor) -> Tensor:
     """`--switch threshold:T`: explore once the batch's mean reward, from 0 to 1, is at least T."""
-
-    def switch(r_a: Tensor, r_t: Tensor) -> Tensor:
-        rewards = (r_a + thinking_weight * r_t) / (1 + thinking_weight)
-        batch = {"reward": rewards.sum().item(), "count": rewards.numel()}
-        batch = parallel.sum_numbers(batch)  # that of all processes
-        return torch.full((len(r_a),), batch["reward"] / batch["count"] >= least)
-
-    return switch
+    rewards = (r_a + thinking_weight * r_t) / (1 + thinking_weight)
+    # Of all processes: they must decide alike.
+    batch = parallel.sum_numbers({"reward": rewards.sum().item(), "count": rewards.numel()})
+    return torch.full((len(r_a),), batch["reward"] / batch["count"] >= least)
 
 
 def targets(trainer: Trainer, examples: list[Example], weight: float) -> list[Sequence]:
@@ -63,7 +59,7 @@ def anneal(trainer: Trainer, record: Step) -> list[Sequence]:
     return targets(trainer, examples, weight)
 
 
-def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequence]:
+def memorize_failures(trainer: Trainer, record: Step, size: int) -> None:
     """`--switch budget:N`: prompts that failed are buffered; N of them replace a step's own."""
     buffer = trainer.kept.setdefault("buffer", [])
     right = (record.r_a == 1).any(dim=1)
@@ -71,7 +67,7 @@ def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequenc
     for names in parallel.gather(failed):  # every process keeps the same buffer
         buffer += names
     if len(buffer) < size:
-        return record.sequences
+        return
     rows, own = {example.name: example for example in trainer.rows}, dyme.share(size)
     batch = [rows[name] for name in buffer[:size]][own.start:own.stop]
     del buffer[:size]
@@ -79,7 +75,7 @@ def memorize_failures(trainer: Trainer, record: Step, size: int) -> list[Sequenc
     record.examples, record.inputs = batch, dyme.encoded(trainer, batch, None)
     record.explore = torch.zeros(len(batch), dtype=torch.bool)
     record.responses = []
-    return targets(trainer, batch, 1 / size)
+    record.sequences = targets(trainer, batch, 1 / size)
 
 
 def released_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
