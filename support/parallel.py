@@ -4,12 +4,13 @@ import collections
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
 import resource
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Job = TypeVar("Job")
-Result = TypeVar("Result")
 ALL_THREADS = torch.get_num_threads()
 
 # ---- Devices -------------------------------------------------------------------------------------
@@ -50,11 +50,8 @@ def select_device(name: str) -> torch.device:
 
 
 def resolve_precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
-    """The precision of forward passes: float32 on a CPU, unless bf16 is asked for.
-
-    On a GPU bfloat16 where it computes in it, float16 (with a gradient scaler) on older ones.
-    """
-    if wanted == "auto" and device.type == "cuda":
+    """The precision of forward passes: float32 on a CPU, unless bf16 is asked for."""
+    if wanted == "auto" and device.type == "cuda":  # older ones lack bfloat16, or emulate it
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if wanted == "bf16" else torch.float32
@@ -202,29 +199,27 @@ def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     return {name: x.to(smaller.get(name, x.dtype)).pin_memory() for name, x in inputs.items()}
 
 
-def in_threads(work: Callable[[Job, Any], Result], processor: Any, jobs: Iterable[Job],
-               ahead: int) -> Generator[Result]:
+def in_threads(work: Callable[[Job, Any], T], processor: Any, jobs: Iterable[Job],
+               ahead: int) -> Generator[T]:
     """Yield `work(job, processor)` of each job, in order; `ahead` may be done before their turn."""
     # This process's part of the cores, one kept for the step itself.
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     threads = max(1, min(16, cores - 1, ahead))
     free = [copy.deepcopy(processor) for _ in range(threads)]  # a tokenizer cannot serve two
 
-    def run(job: Job) -> Result:
+    def run(job: Job) -> T:
         own = free.pop()
         try:
             return work(job, own)
         finally:
             free.append(own)
 
-    waiting: collections.deque[Future[Result]] = collections.deque()
     pool = ThreadPoolExecutor(threads)
+    submitted = (pool.submit(run, job) for job in jobs)
     try:
-        for job in jobs:
-            waiting.append(pool.submit(run, job))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
+        waiting = collections.deque(itertools.islice(submitted, ahead))
         while waiting:
+            waiting.extend(itertools.islice(submitted, 1))
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

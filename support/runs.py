@@ -137,27 +137,24 @@ def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
 
 
 def held_back(run: Path, source: str, saved: dict[str, Any]) -> list[Example]:
-    """The rows of a file that a run with these settings held back, if it trained on the others.
-
-    Raises UserError if the file has changed since then.
-    """
-    if not str(saved.get("data", "")).endswith((".json", ".jsonl")):
+    """The rows of a file that a run on it held back. Raises UserError if the file has changed."""
+    if not saved.get("data", "").endswith((".json", ".jsonl")):
         return []
-    val, same = list[Example](), False
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
         train, val = (data.load_data(source, split) for split in ("train", "val"))
         now = describe_rows(train, data.held_out(source, val, saved["eval_rows"]))
-        same = now == read_config(run).get("rows")
-    if not same and Path(source).resolve() == Path(saved["data"]).resolve():
+        if now == read_config(run).get("rows"):
+            return val
+    if Path(source).resolve() == Path(saved["data"]).resolve():
         raise UserError(f"{source}: has changed since {run} trained on some of its rows; name "
                         "other rows by --data, or bring the old ones back")
-    return val if same else []
+    return []
 
 
 def seal(saved: dict[str, Any]) -> str:
     """A hash of a run's settings, but for those that may change."""
     free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal", "began"}
-    fixed = {key: value for key, value in saved.items() if key not in free}
+    fixed = {key: saved[key] for key in saved.keys() - free}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -246,12 +243,12 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
     file = run / "checkpoint" / "training_state.pt"
     try:
         state = torch.load(file, device, weights_only=True)
-        if state.get("files") not in (None, hash_files(file.parent)):  # None: saved by older code
+        if state["files"] != hash_files(file.parent):
             raise ValueError("it was saved with other weights or files than those beside it")
-        settings_now = read_config(run)
-        if state.get("began") not in (None, settings_now.get("began")):
+        saved = read_config(run)
+        if state["began"] not in (None, saved.get("began")):  # None: the folder was moved meanwhile
             raise ValueError("it was saved by a run with other settings")
-        if state["step"] > (steps := settings_now.get("steps", state["step"])):
+        if state["step"] > (steps := saved.get("steps", state["step"])):
             raise ValueError(f"it is at step {state['step']} of a run of {steps}")
         optimizer.load_state_dict(state["optimizer"])
         return state
@@ -366,7 +363,7 @@ TOLD: set[str] = set()  # warnings that were given
 def warn_once(text: str) -> None:
     """Print a warning that was not given before."""
     if text not in TOLD:
-        TOLD.add(text)
+        TOLD.add(text)  # first, or a terminal that cannot be written would warn of itself for ever
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
@@ -434,14 +431,13 @@ def warn(last: list[dict[str, Any]]) -> None:
 
 MODES = {(True, False): "exploration", (False, True): "memorization", (True, True): "both",
          (False, False): "buffered"}  # the last waits in the buffer of `--switch budget`
-FOLLOWED = 2**32 // 32  # hashes below: one prompt in 32 is kept whenever it returns
 
 
 def describe_groups(done: Step, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Rows for `samples.jsonl`: the groups of the prompts that are followed, or of one, in full."""
     # Chosen by a hash of the name, so that every run keeps the same.
     hashes = [zlib.crc32(example.name.encode(errors="replace")) for example in done.examples]
-    chosen = [p for p, value in enumerate(hashes) if value < FOLLOWED]
+    chosen = [p for p, value in enumerate(hashes) if value < 2**32 // 32]  # one prompt in 32
     numbers = {"r_a": done.r_a, "r_t": done.r_t, "reward": done.rewards,
                "advantage": done.advantages} if done.responses else {}  # SFT has none
     found = []

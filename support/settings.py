@@ -37,10 +37,9 @@ class OneLineParser(HfArgumentParser):
         raise UserError(f"{message} (--help shows all flags)")
 
 
-def one_line_parser(description: str, config: type | None = None) -> OneLineParser:
+def one_line_parser(description: str, config: Any = None) -> OneLineParser:
     """A parser without flags, or with those of a dataclass, whose errors are one line."""
-    fields: Any = config  # transformers has a type of its own for dataclasses
-    return OneLineParser(fields, description=description, allow_abbrev=False,
+    return OneLineParser(config, description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -89,17 +88,12 @@ def read(run: Path, config: type) -> dict[str, Any]:
             raise ValueError("perhaps a model's")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{run}: is not a run folder (its config.json: {error})") from None
-    found = {}  # settings that are retired are left out, newer ones take their default
-    for f in dataclasses.fields(config):
-        value, kind = saved.get(f.name, f.default), type(f.default)
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UserError(f"{file}: `{f.name}` is {json.dumps(value)[:60]}, not of type "
-                            f"{kind.__name__}")
-        try:
-            check_value(f, value)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-        found[f.name] = value
+    # Settings that are retired are left out, newer ones take their default.
+    found = {f.name: saved.get(f.name, f.default) for f in dataclasses.fields(config)}
+    try:
+        check_values(config, found)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     return found
 
 
@@ -114,15 +108,14 @@ def resumed_settings(cfg: Config, given: dict[str, Any]) -> dict[str, Any]:
     if cfg.overwrite:
         raise UserError("--resume goes on with a run; leave out --overwrite")
     saved = read(Path(cfg.out), type(cfg))
-    free = set(CHANGEABLE_ON_RESUME)
+    free = CHANGEABLE_ON_RESUME
     if Path(saved["data"]).suffix in (".json", ".jsonl"):
-        free.add("data")  # a file may have moved: its rows are known by their hash
+        free = free | {"data"}  # a file may have moved: its rows are known by their hash
     for key in given.keys() - free:
         if given[key] != saved[key]:
             raise UserError(f"{flag(key)} {given[key]}: the run has {saved[key]} and a resumed run "
                             "keeps its settings; start a new one with another --out")
-    anew = {key: given[key] for key in given.keys() & free}
-    return saved | anew | {"out": cfg.out}
+    return saved | given | {"out": cfg.out}
 
 
 def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
@@ -166,8 +159,7 @@ def check(cfg: Config, models: Iterable[str]) -> None:
     """Refuse values that cannot work, naming the flag; `models` are names that need no folder."""
     if not cfg.resume:
         check_model_name(cfg.model, models, "--model ")
-    for f in dataclasses.fields(cfg):
-        check_value(f, getattr(cfg, f.name))
+    check_values(type(cfg), vars(cfg))
     budget, url = re.fullmatch(r"budget:(\d+)", cfg.switch), cfg.helper_url
     refused = {
         f"--out {ascii(cfg.out)}: its name is not UTF-8":
@@ -197,16 +189,18 @@ def check(cfg: Config, models: Iterable[str]) -> None:
             raise UserError(message)
 
 
-def check_value(field: dataclasses.Field, value: Any) -> None:
-    """Refuse a value outside its setting's choices or range."""
-    given, choices = f"{flag(field.name)} {value}", get_args(field.type)
-    if choices and value not in choices:  # in a config.json, say
-        raise UserError(f"{given}: must be one of {', '.join(choices)}")
-    if isinstance(value, str):
-        return
-    low, high = LOWEST.get(field.name, 0), math.inf if field.name == "seed" else HIGHEST
-    if not low <= value <= high:
-        raise UserError(f"{given}: must be at least {low} and at most {high:g}")
+def check_values(config: type, values: dict[str, Any]) -> None:
+    """Refuse a value that has another type than its setting, or is outside choices or range."""
+    for field in dataclasses.fields(config):
+        name, value, kind = field.name, values[field.name], type(field.default)
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(f"`{name}` is {json.dumps(value)[:60]}, not of type {kind.__name__}")
+        choices, high = get_args(field.type), math.inf if name == "seed" else HIGHEST
+        if choices and value not in choices:
+            raise UserError(f"{flag(name)} {value}: must be one of {', '.join(choices)}")
+        low = LOWEST.get(name, 0)
+        if kind is not str and not low <= value <= high:
+            raise UserError(f"{flag(name)} {value}: must be at least {low} and at most {high:g}")
 
 
 def settle_length(cfg: Config, rows: int) -> None:
