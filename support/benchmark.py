@@ -4,7 +4,8 @@
 
 Times steps of the run that the other flags of dyme.py describe; its responses have full length, and
 every group explores. A part's floor is what its matrix products must take on this machine, or in
-decoding its reads of weights and cache if these take longer.
+decoding its reads of weights and cache if these take longer. Nothing is saved; the last line is
+the median step.
 """
 
 import contextlib
