@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     device = parallel.select_device(args.device)
     policy = load_policy(str(folder / weights) if saved else name, device,
                          args.image_edge or saved.get("image_edge", 0))
+    precision = saved.get("precision", "auto")  # that of the run
+    policy = replace(policy, autocast=parallel.autocast(policy.model, precision))
     if not args.plain:
         policy = importlib.import_module("support.fast").speed_up(policy)
     # By a model's whole name: a/model and b/model are two.

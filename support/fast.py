@@ -36,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 
 import dyme
 from dyme import Inputs, Model, Policy, Prefix, Response, Samples, Sequence
+from support import parallel
 
 
 def speed_up(policy: Policy) -> Policy:
@@ -66,7 +67,8 @@ def speed_up(policy: Policy) -> Policy:
 
 @torch.no_grad()
 def trial_logprobs(policy: Policy) -> Tensor:
-    """Log-probs, (2, 4), of two short sequences after a prompt of three tokens."""
+    """Log-probs, (2, 4), of two short sequences after a prompt of three tokens, in float32."""
+    policy = replace(policy, autocast=contextlib.nullcontext)
     ids = torch.arange(10, 13, device=policy.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sequences = [Sequence(0, [13, 14, 15, 16], 1.0, True), Sequence(0, [17, 18], 1.0, True)]
@@ -359,10 +361,14 @@ def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int],
 
 
 def use_grouped_attention(model: Model) -> None:
-    """Let the language model attend by `grouped_attention`; the vision tower has no groups."""
+    """Let the language model attend by `grouped_attention`, which has groups; towers by head."""
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", grouped_mask)
     model.config.get_text_config()._attn_implementation = "grouped"
+    AttentionInterface.register("by_head", attention_by_head)
+    AttentionMaskInterface.register("by_head", sdpa_mask)
+    for tower in dyme.vision_towers(model):
+        tower.config._attn_implementation = "by_head"
 
 
 def grouped_attention(module: Model, query: Tensor, key: Tensor, value: Tensor,
@@ -380,6 +386,21 @@ def grouped_attention(module: Model, query: Tensor, key: Tensor, value: Tensor,
     folded = query.reshape(B, key.shape[1], -1, D)  # (B, G, H/G Q, D)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(B, H, Q, -1).transpose(1, 2).contiguous(), None
+
+
+def attention_by_head(module: Model, query: Tensor, key: Tensor, value: Tensor,
+                      mask: Tensor | None, scaling: float | None = None,
+                      **kwargs: Any) -> tuple[Tensor, None]:
+    """softmax(q k^T scaling) v, (B, Q, H, D), of a frozen vision tower; q, k and v (B, H, Q, D)."""
+    bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if mask is not None or torch.is_grad_enabled() or not bf16:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    out = torch.empty_like(query.transpose(1, 2))
+    for i, head in itertools.product(*map(range, query.shape[:2])):
+        # Scores of one head stay in the processor's cache: half the time of PyTorch's kernel.
+        scores = query[i, head] * scaling @ key[i, head].T  # (Q, Q)
+        out[i, :, head] = scores.softmax(1) @ value[i, head]
+    return out, None
 
 
 def grouped_mask(*args: Any, config: Any, dtype: torch.dtype = torch.float32,
@@ -485,7 +506,7 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
 # the weight is stored as it wants it (packed): else it copies the weight in every call.
 
 
-def use_onednn(model: Model, least: float = 2e6) -> None:
+def use_onednn(model: Model, least: float = parallel.TINY) -> None:
     """Let linear layers multiply by oneDNN on an x86 processor, if there are `least` weights."""
     large = sum(p.numel() for p in model.parameters()) >= least  # the toy keeps its rounding
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
@@ -502,27 +523,35 @@ def packed_weights(model: Model, rows: int) -> Iterator[None]:
     towers = {m for tower in dyme.vision_towers(model) for m in tower.modules()}
     layers = [m for m in model.modules() if type(m) is Linear and m not in towers]
     try:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        for layer in layers:  # in bf16, autocast would cast them again for every token
+            weight = in_precision(layer.weight.detach())
+            bias = None if layer.bias is None else in_precision(layer.bias.detach())
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
         yield
     finally:  # the next step's weights are others
         for layer in layers:
             layer.packed = None
 
 
-class Linear(torch.nn.Linear):
-    """A linear layer that may multiply by oneDNN in float32; in half precision PyTorch does so."""
+def in_precision(x: Tensor) -> Tensor:
+    """The same values in the precision of the passes around."""
+    half = torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if half else x
 
-    packed: Tensor | None = None
+
+class Linear(torch.nn.Linear):
+    """A linear layer that multiplies by oneDNN, as PyTorch does by itself in bf16."""
+
+    packed: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., D)` to (..., W)."""
-        for_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
-        if not for_onednn or torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
             return super().forward(x)
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            x = in_precision(x)
+            return torch.ops.mkldnn._linear_pointwise(x, *self.packed, "none", [], "")
+        if torch.is_autocast_enabled("cpu") or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return super().forward(x)
         y = Product.apply(x.reshape(-1, self.in_features), self.weight)
         y = y if self.bias is None else y + self.bias

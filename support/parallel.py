@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Job = TypeVar("Job")
 ALL_THREADS = torch.get_num_threads()
+TINY = 2e6  # weights; a model with fewer keeps one thread, float32 and its rounding, as the toy
 
 # ---- Devices -------------------------------------------------------------------------------------
 
@@ -49,33 +50,43 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def resolve_precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
-    """The precision of forward passes: float32 on a CPU, unless bf16 is asked for."""
-    if wanted == "auto" and device.type == "cuda":  # older ones lack bfloat16, or emulate it
+def resolve_precision(model: Any, wanted: str = "auto") -> torch.dtype:
+    """The precision of a model's forward passes; `auto`: half where the hardware has it."""
+    if wanted == "auto" and model.device.type == "cuda":  # older ones lack bfloat16, or emulate it
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
+    if wanted == "auto" and model.device.type == "cpu" and model.num_parameters() >= TINY:
+        known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        return torch.bfloat16 if known.get("avx512_bf16") else torch.float32
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def autocast(device: torch.device, wanted: str = "auto"
+def settle_precision(model: Any, wanted: str) -> Literal["auto", "float32", "bf16"]:
+    """What `auto` means here, by name: a run goes on as it began, on any machine."""
+    dtype = resolve_precision(model, wanted)
+    # A GPU without bfloat16 is left `auto`: float16 is not for asking.
+    return "bf16" if dtype == torch.bfloat16 else "float32" if dtype == torch.float32 else "auto"
+
+
+def autocast(model: Any, wanted: str = "auto"
              ) -> Callable[[], contextlib.AbstractContextManager]:
     """What makes the context of forward passes. The weights stay float32 in any case."""
     # In bf16 a step of 1e-5 would be lost in rounding.
-    dtype = resolve_precision(device, wanted)
+    dtype = resolve_precision(model, wanted)
     if dtype == torch.float32:
         return contextlib.nullcontext
-    return functools.partial(torch.autocast, device.type, dtype)
+    return functools.partial(torch.autocast, model.device.type, dtype)
 
 
-def gradient_scaler(device: torch.device, wanted: str = "auto") -> torch.amp.GradScaler:
+def gradient_scaler(model: Any, wanted: str = "auto") -> torch.amp.GradScaler:
     """A scaler, which does something only where gradients are made in float16."""
-    needed = resolve_precision(device, wanted) == torch.float16
-    return torch.amp.GradScaler(device.type, enabled=needed)
+    needed = resolve_precision(model, wanted) == torch.float16
+    return torch.amp.GradScaler(model.device.type, enabled=needed)
 
 
 def set_threads(parameters: int) -> None:
     """Let a tiny model run on one thread: two gain little, and beside a busy process they wait."""
-    torch.set_num_threads(1 if parameters < 2e6 else ALL_THREADS)
+    torch.set_num_threads(1 if parameters < TINY else ALL_THREADS)
 
 
 def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]) -> int:

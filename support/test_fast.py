@@ -233,22 +233,29 @@ def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
 
 
 def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    resolve = parallel.resolve_precision
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert [resolve(cpu), resolve(cuda)] == [torch.float32, torch.float16]
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    for device in (cpu, cuda):
-        assert [resolve(device, "float32"), resolve(device, "bf16")] == [
-            torch.float32, torch.bfloat16]
-    assert resolve(cuda) == torch.bfloat16
+    def model(device: str, weights: float = 1e8) -> Any:
+        return SimpleNamespace(device=torch.device(device), num_parameters=lambda: weights)
+
+    resolve, cpu, cuda = parallel.resolve_precision, model("cpu"), model("cuda")
+    for native, found in ((False, [torch.float32, torch.float16]), (True, [torch.bfloat16] * 2)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {
+            "avx512_bf16": native}, raising=False)
+        assert [resolve(cpu), resolve(cuda)] == found
+        assert resolve(model("cpu", 1e6)) == torch.float32  # the toy's
+        for asked in (cpu, cuda):
+            assert resolve(asked, "float32") == torch.float32
+            assert resolve(asked, "bf16") == torch.bfloat16
+    # A run writes down what it found, and is resumed with that elsewhere.
+    assert parallel.settle_precision(cpu, "auto") == "bf16"
+    assert parallel.settle_precision(model("cpu", 1e6), "auto") == "float32"
 
 
 @pytest.mark.slow
 def test_gradients_are_scaled_in_float16_alone(monkeypatch: Patch) -> None:
     half = {"auto": torch.float16}
     monkeypatch.setattr(parallel, "resolve_precision",
-                        lambda device, wanted="auto": half.get(wanted, torch.float32))
+                        lambda model, wanted="auto": half.get(wanted, torch.float32))
     for precision, scaled in (("auto", True), ("float32", False)):
         trainer = dyme.make_trainer(dyme.Config(precision=precision, plain=True), new_policy(0))
         assert trainer.scaler.is_enabled() == scaled
@@ -433,6 +440,26 @@ def test_grouped_attention_by_hand() -> None:
     mask = fast.additive_mask(visible, HEADS)
     out, _ = fast.grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)  # (B, Q, H, D)
+
+
+def test_a_frozen_tower_attends_by_head_in_bf16_alone(monkeypatch: Patch) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))  # (B, H, Q, D)
+    expected, calls = ((0.3 * q @ k.mT).softmax(3) @ v).transpose(1, 2), []
+    theirs = fast.sdpa_attention_forward
+    monkeypatch.setattr(fast, "sdpa_attention_forward",
+                        lambda *args, **known: calls.append(1) or theirs(*args, **known))
+    tower = SimpleNamespace(is_causal=False)
+    half = [x.bfloat16() for x in (q, k, v)]
+    with torch.no_grad():
+        by_head, _ = fast.attention_by_head(tower, *half, None, scaling=0.3)
+        assert not calls
+        exact, _ = fast.attention_by_head(tower, q, k, v, None, scaling=0.3)
+    fast.attention_by_head(tower, *half, None, scaling=0.3)  # a tower that trains
+    assert len(calls) == 2
+    assert by_head.shape == (2, 5, 3, 8)  # (B, Q, H, D)
+    assert torch.allclose(by_head.float(), expected, atol=0.03)
+    assert torch.allclose(exact, expected, atol=1e-5)
 
 
 def test_an_additive_mask_has_a_row_for_each_head_of_a_group_and_aligned_rows() -> None:
@@ -641,6 +668,23 @@ def test_packed_weights_sample_the_same_and_are_given_back(
     in_language_model = 3 * 7 + 1 + 1  # three layers, the connector, the head
     assert packed == [0, *[in_language_model] * 11] * 2
     assert all(layer.packed is None for layer in layers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_are_cast_to_the_precision_of_decoding(bias: bool) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Module(), torch.randn(3, 24)
+    model.base_model = torch.nn.Linear(24, 40, bias=bias)
+    layer = model.base_model
+    layer.__class__ = fast.Linear
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, layer.weight, layer.bias)
+        with fast.packed_weights(model, 3):
+            assert layer.packed[0].dtype == torch.bfloat16
+            found = layer(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(found, expected, atol=0.01)
+    assert layer.weight.dtype == torch.float32
 
 
 def test_a_torch_without_onednn_works(monkeypatch: Patch, tiny: Policy) -> None:
