@@ -13,10 +13,8 @@ Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query he
 
 import contextlib
 import copy
-import ctypes
 import functools
 import itertools
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -514,23 +512,9 @@ def use_onednn(model: Model, least: float = parallel.TINY) -> None:
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     if large and on_cpu and x86:
-        keep_freed_memory()
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = Linear
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse large blocks: fresh pages took up to a third of an update."""
-    # oneDNN keeps what it prepares for each shape, a thousand times by default. Laid among blocks
-    # that are used again, it would let memory grow as long as responses of new lengths come.
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "16")
-    trim_threshold, mmap_max = -1, -4
-    with contextlib.suppress(OSError, AttributeError):  # other systems manage memory otherwise
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
 
 
 @contextlib.contextmanager

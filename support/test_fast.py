@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import os
 import runpy
 import weakref
 from pathlib import Path
@@ -687,20 +685,6 @@ def test_packed_weights_are_cast_to_the_precision_of_decoding(bias: bool) -> Non
     assert found.dtype == expected.dtype == torch.bfloat16
     assert torch.allclose(found, expected, atol=0.01)
     assert layer.weight.dtype == torch.float32
-
-
-def test_freed_memory_is_kept_and_onednn_keeps_few_shapes(monkeypatch: Patch) -> None:
-    calls: list[tuple[int, int]] = []
-    library = SimpleNamespace(mallopt=lambda *call: calls.append(call))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # whoever sets it has reasons
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
-    fast.keep_freed_memory()
-    assert calls == [(-1, -1), (-4, 0)]  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: none
-    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    fast.keep_freed_memory()  # of another system's library nothing is asked
 
 
 def test_a_torch_without_onednn_works(monkeypatch: Patch, tiny: Policy) -> None:

@@ -1,5 +1,6 @@
 """Several processes train and evaluate as one; devices; threads that prepare inputs."""
 
+import ctypes
 import dataclasses
 import os
 import runpy
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,20 @@ def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: Patch) -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_freed_memory_is_kept_and_onednn_keeps_few_shapes(monkeypatch: Patch) -> None:
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *call: calls.append(call))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # whoever sets it has reasons
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    parallel.select_device("cpu")
+    assert calls == [(-1, -1), (-4, 0)]  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: none
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    parallel.select_device("cpu")  # of another system's library nothing is asked
 
 
 def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: Patch) -> None:
