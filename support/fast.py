@@ -389,12 +389,14 @@ def grouped_attention(module: Model, query: Tensor, key: Tensor, value: Tensor,
 
 
 def attention_by_head(module: Model, query: Tensor, key: Tensor, value: Tensor,
-                      mask: Tensor | None, scaling: float | None = None,
+                      attention_mask: Tensor | None = None, scaling: float | None = None,
                       **kwargs: Any) -> tuple[Tensor, None]:
     """softmax(q k^T scaling) v, (B, Q, H, D), of a frozen vision tower; q, k and v (B, H, Q, D)."""
     bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if mask is not None or torch.is_grad_enabled() or not bf16:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    many = query.shape[2] >= 512  # patches; Qwen's windows have 64
+    if attention_mask is not None or torch.is_grad_enabled() or not (bf16 and many):
+        return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                      scaling=scaling, **kwargs)
     out = torch.empty_like(query.transpose(1, 2))
     for i, head in itertools.product(*map(range, query.shape[:2])):
         # Scores of one head stay in the processor's cache: half the time of PyTorch's kernel.

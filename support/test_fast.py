@@ -444,7 +444,7 @@ def test_grouped_attention_by_hand() -> None:
 
 def test_a_frozen_tower_attends_by_head_in_bf16_alone(monkeypatch: Patch) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))  # (B, H, Q, D)
+    q, k, v = (torch.randn(2, 3, 512, 8) for _ in range(3))  # (B, H, Q, D)
     expected, calls = ((0.3 * q @ k.mT).softmax(3) @ v).transpose(1, 2), []
     theirs = fast.sdpa_attention_forward
     monkeypatch.setattr(fast, "sdpa_attention_forward",
@@ -455,9 +455,10 @@ def test_a_frozen_tower_attends_by_head_in_bf16_alone(monkeypatch: Patch) -> Non
         by_head, _ = fast.attention_by_head(tower, *half, None, scaling=0.3)
         assert not calls
         exact, _ = fast.attention_by_head(tower, q, k, v, None, scaling=0.3)
+        fast.attention_by_head(tower, *(x[:, :, :64] for x in half), None, scaling=0.3)  # a window
     fast.attention_by_head(tower, *half, None, scaling=0.3)  # a tower that trains
-    assert len(calls) == 2
-    assert by_head.shape == (2, 5, 3, 8)  # (B, Q, H, D)
+    assert len(calls) == 3
+    assert by_head.shape == (2, 512, 3, 8)  # (B, Q, H, D)
     assert torch.allclose(by_head.float(), expected, atol=0.03)
     assert torch.allclose(exact, expected, atol=1e-5)
 
