@@ -459,7 +459,7 @@ def test_a_frozen_tower_attends_by_head_in_bf16_alone(monkeypatch: Patch) -> Non
     fast.attention_by_head(tower, *half, None, scaling=0.3)  # a tower that trains
     assert len(calls) == 3
     assert by_head.shape == (2, 512, 3, 8)  # (B, Q, H, D)
-    assert torch.allclose(by_head.float(), expected, atol=0.03)
+    assert (by_head.float() - expected).norm() < 0.02 * expected.norm()
     assert torch.allclose(exact, expected, atol=1e-5)
 
 
