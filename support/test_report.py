@@ -1,6 +1,7 @@
 """Tests of the report and of eval.py's table: records, the story, the page in a browser."""
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,9 +18,9 @@ import pytest
 import torch
 
 import eval as evaluation
-from dyme import Config
+from dyme import Config, load_policy
 from reward import Example
-from support import UserError, data, report, settings, toy
+from support import UserError, data, parallel, report, settings, toy
 from support import runs as run_folders
 from support.report import records, story
 
@@ -519,7 +520,8 @@ def test_the_table_fits_100_columns_and_pools_seeds(capsys: Capture) -> None:
 
 def test_two_models_of_one_last_name_have_two_folders(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: None)
+    policy = load_policy("tiny", parallel.select_device("cpu"))
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
     monkeypatch.setattr(evaluation, "respond", lambda *_, **__: [{"response": ""}])
     monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
     monkeypatch.setattr(evaluation.settings, "check_model_name", lambda *_: None)
@@ -527,6 +529,23 @@ def test_two_models_of_one_last_name_have_two_folders(tmp_path: Path, monkeypatc
         evaluation.main([name, "--plain"])
     assert len([*Path("runs").glob("eval-*/predictions.jsonl")]) == 3
     assert Path("runs/eval-a--model").is_dir()
+
+
+def test_a_run_is_scored_in_its_precision(tmp_path: Path, monkeypatch: Patch) -> None:
+    saved, seen = {"data": "toy", "image_edge": 0}, []
+    policy = load_policy("tiny", parallel.select_device("cpu"))
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(evaluation, "respond", lambda policy, *_, **__: seen.append(
+        policy.autocast) or [{"response": ""}])
+    monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
+    monkeypatch.setattr(evaluation.runs, "pooling_key", lambda *_: "")
+    (tmp_path / "checkpoint").mkdir()
+    for precision in ("float32", "bf16"):
+        monkeypatch.setattr(evaluation.settings, "read",
+                            lambda *_, precision=precision: saved | {"precision": precision})
+        evaluation.main([str(tmp_path), "--plain"])
+    assert seen[0] is contextlib.nullcontext
+    assert seen[1]().fast_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("files, says", [
