@@ -520,7 +520,8 @@ def test_the_real_smolvlm_processor(examples: list[Example]) -> None:
     source = SHARED / "smolvlm-256m-instruct"
     model = SimpleNamespace(
         name_or_path="SmolVLM", config=AutoConfig.from_pretrained(source), eval=lambda: model,
-        generation_config=SimpleNamespace(eos_token_id=49279))
+        generation_config=SimpleNamespace(eos_token_id=49279), device=CPU,
+        num_parameters=lambda: 256e6)
     processor = AutoProcessor.from_pretrained(source)
     policy = dyme.make_policy(model, processor, CPU, image_edge=512)
     assert policy.end_ids == [policy.tokenizer.convert_tokens_to_ids("<end_of_utterance>")]

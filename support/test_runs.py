@@ -309,7 +309,7 @@ def test_broken_weights_and_failing_steps_are_not_saved(
     real, flags = dyme.take_step, ["--steps", "5", "--save-every", "1", "--eval-every", "0"]
     # A single failed step changes nothing.
     for name, says, last in (("weights", "the weights are not finite", 2),
-                             ("steps", "the last 3 steps had a loss", 3)):
+                             ("steps", "the last 3 steps had no finite loss", 3)):
         monkeypatch.setattr(dyme, "take_step", damaged(name))
         assert run(runs, name, *flags) == 1
         assert says in capsys.readouterr().err
