@@ -255,13 +255,9 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
 
 def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
     """Pad `parts`, (P_i, G, L_i, D) each, and join them to (P, G, longest + room, D)."""
-    dtype, device = parts[0].dtype, parts[0].device.type
-    if torch.is_autocast_enabled(device):
-        # Keys come in float32 (from the rotary embedding), values in half precision.
-        dtype = torch.get_autocast_dtype(device)
     padded = []
-    for part in parts:
-        padded.append(F.pad(part.to(dtype), (0, 0, longest - part.shape[2], room)))
+    for part in parts:  # keys come in float32 (from the rotary embedding), values in half precision
+        padded.append(F.pad(in_precision(part), (0, 0, longest - part.shape[2], room)))
     return torch.cat(padded)
 
 
@@ -537,8 +533,9 @@ def packed_weights(model: Model, rows: int) -> Iterator[None]:
 
 def in_precision(x: Tensor) -> Tensor:
     """The same values in the precision of the passes around."""
-    half = torch.is_autocast_enabled("cpu")
-    return x.to(torch.get_autocast_dtype("cpu")) if half else x
+    device = x.device.type
+    half = torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if half else x
 
 
 class Linear(torch.nn.Linear):
