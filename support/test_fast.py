@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dyme
 from dyme import Policy, Response, Sequence
 from reward import Example
-from support import fast, parallel, toy
+from support import fast, parallel, settings, toy
 from support.make_toy_base import new_policy
 from test_dyme import (
     CONNECTOR,
@@ -249,6 +249,11 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
     # A run writes down what it found, and is resumed with that elsewhere.
     assert parallel.settle_precision(cpu, "auto") == "bf16"
     assert parallel.settle_precision(model("cpu", 1e6), "auto") == "float32"
+
+
+def test_a_run_writes_down_the_precision_that_it_found(runs: Path) -> None:
+    assert run(runs, "a", "--steps", "1", "--eval-every", "0", "--eval-rows", "1") == 0
+    assert settings.read(runs / "a", dyme.Config)["precision"] == "float32"  # not auto
 
 
 @pytest.mark.slow
