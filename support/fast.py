@@ -307,7 +307,7 @@ def packed_logprobs(model: Model, inputs: Inputs, prompts: list[int], sequences:
         new = extend(model, prefix, tokens.to(device), offsets.to(device), visible.to(device))
         states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
     predicted = torch.tensor([*itertools.chain(*sequences)], device=device)  # (M,)
-    temperatures = temperature.to(device).repeat_interleave(lengths.to(device))  # (M,)
+    temperatures = temperature.repeat_interleave(lengths).to(device)  # (M,)
     logprobs = token_logprobs(model, states[state_row, state_column], predicted, temperatures)
     padded = pad_sequence(logprobs.split(lengths.tolist()), batch_first=True)  # (N, T)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]

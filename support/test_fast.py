@@ -708,6 +708,43 @@ def test_the_toy_does_not_multiply_by_onednn() -> None:
 
 # ---- On a GPU ------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_and_the_update_ask_the_device_nothing(kind: str, monkeypatch: Patch) -> None:
+    # As a GPU stands in "meta", a device without values: whatever waits for one, or mixes in a
+    # tensor of the CPU, raises. Prompts are left to the models, whose masks do look at values.
+    policy, prompts = both(kind)[1], make_prompts(kind)
+    with torch.no_grad():
+        prefixes = [dyme.encode_prefix(policy.model, x) for x in prompts]
+
+    def moved() -> list[dyme.Prefix]:
+        copies = copy.deepcopy(prefixes)
+        for prefix in copies:
+            for layer in prefix.cache.layers:
+                layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+            prefix.hidden, prefix.mask = prefix.hidden.to("meta"), prefix.mask.to("meta")
+            prefix.position = prefix.position.to("meta")
+        return copies
+
+    model, device = policy.model.to("meta"), torch.device("meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta
+    decoder = fast.Decoder(model, moved(), torch.rand(6, 9, device=device), [2, 3], 0, 0.7)
+    decoder.widen(8)
+    decoder.choose(torch.rand(6, model.config.get_text_config().vocab_size, device=device))
+    for _ in range(8):
+        decoder.step()
+    assert decoder.ids.is_meta
+    inputs = {"input_ids": prompts[0]["input_ids"].to(device)}
+    policy, sequences = dataclasses.replace(policy, device=device), [Sequence(0, [5] * 7, 1, True)]
+    for logprobs_of in (dyme.sequence_logprobs, fast.sequence_logprobs):
+        start = moved()[0]
+        monkeypatch.setattr(dyme, "encode_prefix", lambda *_, start=start: start)
+        logprobs, mask = logprobs_of(policy, model, inputs, [0], sequences, 0.7)
+        ones = torch.ones(1, device=device)
+        dyme.policy_loss(logprobs, mask, ones, ones.bool()).backward()
+        assert next(p.grad for p in model.parameters() if p.grad is not None).is_meta
+
+
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
