@@ -58,6 +58,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
     add("--device", "auto", "auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16"),
+                        help="of passes [a run's own, else auto]")
     parser.add_argument("--plain", action="store_true", help="without what makes it fast")
     args = parser.parse_intermixed_args(argv)
     args.model += args.models
@@ -91,7 +93,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     device = parallel.select_device(args.device)
     policy = load_policy(str(folder / weights) if saved else name, device,
                          args.image_edge or saved.get("image_edge", 0))
-    precision = saved.get("precision", "auto")  # that of the run
+    precision = args.precision or saved.get("precision", "auto")
     policy = replace(policy, autocast=parallel.autocast(policy.model, precision))
     if not args.plain:
         policy = importlib.import_module("support.fast").speed_up(policy)

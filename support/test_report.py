@@ -544,7 +544,8 @@ def test_a_run_is_scored_in_its_precision(tmp_path: Path, monkeypatch: Patch) ->
         monkeypatch.setattr(evaluation.settings, "read",
                             lambda *_, precision=precision: saved | {"precision": precision})
         evaluation.main([str(tmp_path), "--plain"])
-    assert seen[0] is contextlib.nullcontext
+    evaluation.main([str(tmp_path), "--plain", "--precision", "float32"])  # it was trained in bf16
+    assert seen[0] is seen[2] is contextlib.nullcontext
     assert seen[1]().fast_dtype == torch.bfloat16
 
 
