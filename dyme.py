@@ -888,10 +888,7 @@ def respond(policy: Policy, examples: list[Example], max_new_tokens: int, batch:
         rows = [examples[i] for i in part]
         return encode_ahead(policy, rows, processor, max_new_tokens, prompt)
 
-    quiet = len(parts) < 2 or not parallel.is_main()
-    stream = parallel.in_threads(encode, policy.processor, parts, ahead=4)
-    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets few lines
-    bar = tqdm(parts, "answering", ncols=80, leave=False, disable=quiet, mininterval=often)
+    stream, bar = parallel.in_threads(encode, policy.processor, parts, 4), runs.answering_bar(parts)
     with parallel.errors_shared(), contextlib.closing(stream), bar:
         for part in bar:
             inputs = {name: t.to(policy.device) for name, t in next(stream).items()}
@@ -910,7 +907,8 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     if not due or step in trainer.evaluated:
         return
     batch = max(4 * cfg.micro_batch, 1 if held_out[0].image else 32)  # no gradients: there is room
-    predictions = respond(trainer.policy, held_out, cfg.max_new_tokens, batch)
+    predictions = parallel.while_it_fits(batch, lambda size: respond(
+        trainer.policy, held_out, cfg.max_new_tokens, size))
     trainer.evaluated.add(step)
     if not parallel.is_main():
         return
@@ -1054,9 +1052,9 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
                  prompt: str = PROMPT) -> Inputs:
     """`encode_prompts` in a thread, with its own processor; ready for the device."""
     on_cpu = replace(policy, device=torch.device("cpu"), processor=processor)
-    inputs = encode_prompts(on_cpu, examples, room, prompt)
-    with policy.autocast():
-        return parallel.for_device(inputs, policy.device)
+    # A thread that leaves autocast drops the weights cast in all threads; a CUDA graph reads them.
+    half = getattr(policy.autocast(), "fast_dtype", None)  # so it is not entered here
+    return parallel.for_device(encode_prompts(on_cpu, examples, room, prompt), policy.device, half)
 
 
 def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
@@ -1131,8 +1129,10 @@ def train_loop(trainer: Trainer, held_out: list[Example], folder: Path, first: i
                 try:
                     record = take_step(trainer, step, folder, stream)
                 except torch.OutOfMemoryError:
-                    if cfg.micro_batch == 1:
+                    if cfg.micro_batch == 1 or trainer.taken < 0:
                         raise
+                    record = None
+                if record is None:  # what the failed step had made is free by now
                     trainer.kept.update(kept)
                     stream.close()
                     stream = with_less_memory(trainer, step)
@@ -1175,10 +1175,10 @@ def take_step(trainer: Trainer, step: int, folder: Path, stream: Iterator[Inputs
 
 def with_less_memory(trainer: Trainer, step: int) -> Generator[Inputs]:
     """Inputs from `step` on, half as many prompts in a pass, which changes no gradient."""
-    trainer.cfg.micro_batch //= 2
+    size = trainer.cfg.micro_batch = trainer.cfg.micro_batch // 2
     trainer.optimizer.zero_grad()
+    parallel.free_memory()
     if parallel.is_main():
-        size = trainer.cfg.micro_batch
         print(f"out of memory: --micro-batch {size} from now on", file=sys.stderr)
     return feed_prompts(trainer, range(step, trainer.cfg.steps))
 

@@ -107,12 +107,13 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     own = {"max_new_tokens": Config.max_new_tokens} | PRESETS.get(data.name_of(source), {}) | saved
     longest = args.max_new_tokens or (
         own["max_new_tokens"] if made else min(1024, int(policy.context / 2)))
-    predictions = respond(policy, examples, longest, batch, prompt=prompt)
+    predictions = parallel.while_it_fits(batch, lambda size: respond(
+        policy, examples, longest, size, prompt=prompt))
     summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
     summary |= thinking.summarise(predictions)
     if k:
-        drawn = respond(policy, examples, longest, max(1, batch // k), draws=k,
-                        temperature=args.temperature, seed=args.seed, prompt=prompt)
+        drawn = parallel.while_it_fits(max(1, batch // k), lambda size: respond(
+            policy, examples, longest, size, k, args.temperature, args.seed, prompt))
         groups = [drawn[i:i + k] for i in range(0, len(drawn), k)]
         kept = ("response", "parsed", "accuracy")
         summary |= vote(groups)

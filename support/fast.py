@@ -55,6 +55,8 @@ def speed_up(policy: Policy) -> Policy:
         difference = (trial_logprobs(faster) - expected).abs().max().item()
         if not difference < 0.05:
             raise ArithmeticError(f"log-probs differ by {difference:.2g}")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - models fail in many ways, and all mean the same here
         config._attn_implementation = before
         tqdm.write(f"going on as with --plain: {type(error).__name__}: {error}", file=sys.stderr)

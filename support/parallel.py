@@ -5,6 +5,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import itertools
 import math
 import os
@@ -117,6 +118,24 @@ def pass_size(device: torch.device, cfg: "Config", examples: Iterable["Example"]
     return min(most, cfg.prompts * cfg.generations // responses)
 
 
+def while_it_fits(size: int, work: Callable[[int], T]) -> T:
+    """`work(size)`; where a GPU's memory does not suffice, again with half the size."""
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        free_memory()  # after the handler, which holds what the failed try had made
+
+
+def free_memory() -> None:
+    """Give back what nobody uses: the recording of a CUDA graph can take it from nowhere else."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: the allocator's on CUDA, the process's elsewhere."""
     if device.type == "cuda":
@@ -135,6 +154,8 @@ def processes(device: str) -> Iterator[None]:
     if dist.is_torchelastic_launched():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            if cuda:  # NCCL takes its memory at its first use, and by then a GPU may be full
+                dist.all_reduce(torch.zeros(1, device="cuda"))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"torchrun's environment: {str(error).splitlines()[0]}") from None
     try:
@@ -215,14 +236,18 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 # ---- Threads -------------------------------------------------------------------------------------
 
 
-def for_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU."""
+def for_device(inputs: dict[str, Tensor], device: torch.device,
+               half: torch.dtype | None) -> dict[str, Tensor]:
+    """Inputs made small and ready to be copied to a GPU while it works; as they are for a CPU.
+
+    `half` is the precision of passes, if it is not float32.
+    """
     if device.type != "cuda":
         return inputs
     # The mask of the pixels is nearly as large as they are, as int64.
     smaller = {"pixel_attention_mask": torch.bool}
-    if torch.is_autocast_enabled("cuda"):  # the tower would round the pixels too
-        smaller["pixel_values"] = torch.get_autocast_dtype("cuda")
+    if half:  # the tower would round the pixels too
+        smaller["pixel_values"] = half
     # Pinned, because another copy makes the CPU wait.
     return {name: x.to(smaller.get(name, x.dtype)).pin_memory() for name, x in inputs.items()}
 

@@ -344,6 +344,13 @@ def progress_bar(name: str, first: int, steps: int) -> tqdm:
                 bar_format="{desc} {percentage:3.0f}% {n}/{total} {elapsed}<{remaining}{postfix}")
 
 
+def answering_bar(parts: list[range]) -> tqdm:
+    """The bar of an evaluation in `parts`."""
+    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets few lines
+    quiet = len(parts) < 2 or not parallel.is_main()
+    return tqdm(parts, "answering", ncols=80, leave=False, disable=quiet, mininterval=often)
+
+
 def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:
     """Move the bar of a run on by a step; in a log write a line."""
     shown = {"reward": "reward", "accuracy": "acc", "memorized": "mem", "tokens_per_s": "tok/s"}

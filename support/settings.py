@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+import torch
 from transformers.hf_argparser import HfArgumentParser
 
 from support import UserError
@@ -134,7 +135,7 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
     """Turn whatever loading a model raises into a UserError: why in one line, and what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
         reason = " ".join(str(error).split())[:200]

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import os
 import runpy
 import subprocess
@@ -18,7 +19,7 @@ import torch
 import dyme
 import eval as evaluation
 from reward import Example
-from support import UserError, files, parallel, toy
+from support import UserError, fast, files, parallel, toy
 from test_dyme import HERE, Capture, Patch, near, run, without_times
 
 DRIVER = """
@@ -211,17 +212,67 @@ def test_inputs_for_a_gpu_are_pinned_and_images_in_half_precision(monkeypatch: P
     mask = torch.ones(1, 4, 4, dtype=torch.int64)
     inputs = {"input_ids": torch.tensor([[1]]), "pixel_values": torch.rand(1, 3, 4, 4),
               "pixel_attention_mask": mask}
-    assert parallel.for_device(inputs, torch.device("cpu")) is inputs
+    assert parallel.for_device(inputs, torch.device("cpu"), torch.bfloat16) is inputs
     cuda = torch.device("cuda")
-    assert parallel.for_device(inputs, cuda)["pixel_values"].dtype == torch.float32
+    assert parallel.for_device(inputs, cuda, None)["pixel_values"].dtype == torch.float32
     pinned.clear()
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    ready = parallel.for_device(inputs, cuda)
+    ready = parallel.for_device(inputs, cuda, torch.bfloat16)
     assert ready["pixel_values"].dtype == torch.bfloat16
     assert ready["input_ids"].dtype == torch.int64
     assert ready["pixel_attention_mask"].dtype == torch.bool
     assert len(pinned) == 3
+
+
+def test_inputs_are_prepared_without_dropping_the_casts_of_the_main_thread(
+        examples: list[Example], monkeypatch: Patch) -> None:
+    # What autocast has cast is kept for all threads, and dropped when any of them leaves it.
+    policy, asked = dyme.load_policy("tiny", torch.device("cpu")), []
+    policy = dataclasses.replace(
+        policy, autocast=functools.partial(torch.autocast, "cpu", torch.bfloat16))
+    monkeypatch.setattr(dyme.parallel, "for_device", lambda *given: asked.append(given) or given[0])
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+
+    def casts() -> int:
+        with torch.profiler.profile() as profile:
+            layer(x)
+        return sum(event.name == "aten::to" for event in profile.events())
+
+    with policy.autocast():
+        first, again = casts(), casts()
+        list(parallel.in_threads(
+            lambda rows, processor: dyme.encode_ahead(policy, rows, processor, 1),
+            policy.processor, [examples[:1]], 1))
+        assert asked[0][2] == torch.bfloat16
+        assert first > again == casts()
+
+
+def test_what_does_not_fit_is_tried_with_half_the_size() -> None:
+    tried = []
+
+    def work(size: int) -> str:
+        tried.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError
+        return f"done by {size}"
+
+    assert parallel.while_it_fits(12, work) == "done by 3"
+    assert tried == [12, 6, 3]
+    with pytest.raises(torch.OutOfMemoryError):
+        parallel.while_it_fits(1, lambda size: work(4))
+
+
+def test_too_little_memory_is_not_taken_for_a_damaged_or_unknown_model(
+        monkeypatch: Patch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy = dyme.load_policy("tiny", torch.device("cpu"))
+    monkeypatch.setattr(dyme, "load_pretrained", fail)
+    monkeypatch.setattr(fast, "trial_logprobs", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        dyme.load_policy("tiny", policy.device)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast.speed_up(policy)
 
 
 def test_work_in_threads_comes_in_order_each_thread_with_its_own_processor(

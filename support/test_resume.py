@@ -112,6 +112,23 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
 
 
 @pytest.mark.slow
+def test_an_evaluation_that_does_not_fit_is_made_with_fewer_rows_at_a_time(
+        runs: Path, monkeypatch: Patch) -> None:
+    sizes, real = [], dyme.respond
+
+    def respond(policy: Any, rows: Any, longest: int, batch: int) -> list[dict[str, Any]]:
+        sizes.append(batch)
+        if batch > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(policy, rows, longest, batch)
+
+    monkeypatch.setattr(dyme, "respond", respond)
+    assert run(runs, "a", "--steps", "1") == 0
+    assert sizes[0] > 20 >= sizes[-1]
+    assert len(files.read_jsonl(runs / "a" / "evaluations.jsonl")) == 2
+
+
+@pytest.mark.slow
 def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     out_of_memory_once(monkeypatch, call=4)
