@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [toy, sums, charts: a run's own, else 1024]")
     add("--temperature", 1.0, "of --samples [1.0]")
-    add("--batch", 0, "prompts per forward pass [64 for the data made here; else 32 on a GPU, 8]")
+    add("--batch", 0, "prompts in a pass [64 on toy, sums, charts; else 32 on a GPU, 8 on a CPU]")
     add("--image-edge", 0, "as for dyme.py [a run's own]")
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Job = TypeVar("Job")
 ALL_THREADS = torch.get_num_threads()
-TINY = 2e6  # weights; a model with fewer keeps one thread, float32 and its rounding, as the toy
+TINY = 2e6  # weights; on a CPU a model with fewer keeps one thread, and float32, as the toy does
 
 # ---- Devices -------------------------------------------------------------------------------------
 

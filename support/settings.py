@@ -48,6 +48,7 @@ def read_flags(config: type, description: str, argv: list[str] | None) -> dict[s
     """The flags that were given, by the field of a dataclass that they set. Raises UserError."""
     parser = one_line_parser(description, config)
     parser.usage = "%(prog)s [flags]"
+    parser.epilog = "In brackets: the toy's values; those of other data are in PRESETS of dyme.py."
     metavars: dict[Any, str] = {int: "N", float: "F", str: "X"}
     for action in parser._actions[1:]:  # all but --help
         shown = "" if action.default in ("", False) else f" [{action.default}]"

@@ -790,7 +790,7 @@ def test_cuda_attention_with_a_mask_and_very_negative_scores_has_finite_gradient
 
 
 @on_gpu
-def test_packed_sequences_use_a_fast_attention_kernel_and_train_on_a_gpu(
+def test_packed_sequences_use_a_fast_attention_kernel_and_train_on_cuda(
         examples: list[Example]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     cfg = dyme.Config(lr=1e-3, generations=4, max_new_tokens=24)
