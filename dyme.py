@@ -112,7 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["charts"] = PRESETS["sums"]  # for the same model with eyes: support/SIGHT.md
 LEARNING_RATES = {
     "toy": {"dyme": 3e-4, "grpo": 1e-4, "two-stage": 2e-4, "sft": 1e-4},
-    "sums": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
+    "sums": {"dyme": 8e-5, "grpo": 3e-5, "two-stage": 3e-5, "sft": 2e-4},
     "charts": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5}}
 
