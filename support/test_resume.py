@@ -129,6 +129,17 @@ def test_an_evaluation_that_does_not_fit_is_made_with_fewer_rows_at_a_time(
 
 
 @pytest.mark.slow
+def test_out_of_memory_while_the_weights_change_is_not_tried_again(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def fail(*_: Any, **__: Any) -> None:  # AdamW may have made half of its state by then
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    assert run(runs, "a", "--steps", "2", "--micro-batch", "2", "--eval-every", "0") == 2
+    assert "from now on" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
 def test_out_of_memory_with_one_prompt_ends_the_run_and_keeps_finished_steps(
         runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
     out_of_memory_once(monkeypatch, call=4)
