@@ -237,6 +237,8 @@ def check_references(examples: list[Example], policy: "Policy",
     limit, kept, short = policy.context, list[Example](), list[str]()
     picture = getattr(policy.processor, "image_token", None)
     for example in examples:
+        if example.image and not hasattr(policy.processor, "image_processor"):
+            raise UserError(f"{example.name}: has an image, and this model reads text alone")
         if picture and picture in example.question:
             raise UserError(f"{example.name}: its question holds {picture!r}, which the model "
                             "takes for a picture")

@@ -984,3 +984,10 @@ def test_a_question_that_holds_the_models_picture_token_is_refused_by_name(tiny:
     row = Example("What is <image>?", "red", name="rows.json row 7")
     with pytest.raises(UserError, match="rows.json row 7: its question holds '<image>'"):
         data.check_references([row], tiny, lambda example: 1)
+
+
+def test_a_picture_for_a_model_of_text_is_refused_before_the_run(tiny: Policy,
+                                                                 examples: list[Example]) -> None:
+    blind = dataclasses.replace(tiny, processor=tiny.tokenizer)
+    with pytest.raises(UserError, match="toy train row 0: has an image, and this model reads text"):
+        data.check_references(examples[:1], blind, lambda example: 1)
