@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", 0, "rows to score, spread over the split [all]")
     add("--max-new-tokens", 0, "length limit [toy, sums, charts: a run's own, else 1024]")
     add("--temperature", 1.0, "of --samples [1.0]")
-    add("--batch", 0, "prompts in a pass [64 on toy, sums, charts; else 32 on a GPU, 8 on a CPU]")
+    add("--batch", 0, "prompts in a pass [toy, sums, charts: 64; images on a CPU: 8; else 32]")
     add("--image-edge", 0, "as for dyme.py [a run's own]")
     add("--seed", 0, "of --samples [0]")
     add("--out", "", "folder for predictions.jsonl [the run folder, else runs/eval-MODEL]")
@@ -103,7 +103,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
         raise UserError(f"--out {args.out}: holds another run; name a folder of its own")
     out = open_folder(Path(args.out or default), stack)
     made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
-    batch = args.batch or (64 if made else 32 if device.type == "cuda" else 8)
+    few = device.type == "cpu" and examples[0].image  # a tower takes much memory
+    batch = args.batch or (64 if made else 8 if few else 32)
     own = {"max_new_tokens": Config.max_new_tokens} | PRESETS.get(data.name_of(source), {}) | saved
     longest = args.max_new_tokens or (
         own["max_new_tokens"] if made else min(1024, int(policy.context / 2)))
