@@ -19,6 +19,8 @@ def attach(trainer: Trainer) -> None:
     rule, _, value = cfg.switch.partition(":")
     if rule in ("explore", "anneal", "budget"):
         trainer.switch = dyme.always_explore
+    if rule == "budget":
+        trainer.kept["buffer"] = []  # what a step that runs out of memory adds is taken back
     if rule == "memorize":
         trainer.switch = lambda r_a, r_t: torch.zeros(len(r_a), dtype=torch.bool)
     if rule == "threshold":
@@ -61,7 +63,7 @@ def anneal(trainer: Trainer, record: Step) -> list[Sequence]:
 
 def memorize_failures(trainer: Trainer, record: Step, size: int) -> None:
     """`--switch budget:N`: prompts that failed are buffered; N of them replace a step's own."""
-    buffer = trainer.kept.setdefault("buffer", [])
+    buffer = trainer.kept["buffer"]
     right = (record.r_a == 1).any(dim=1)
     failed = [example.name for i, example in enumerate(record.examples) if not right[i]]
     for names in parallel.gather(failed):  # every process keeps the same buffer

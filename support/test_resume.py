@@ -16,7 +16,7 @@ from dyme import Step, Trainer
 from reward import Example
 from support import files
 from support import runs as run_folders
-from test_dyme import Capture, Patch, run, same_weights, without_times
+from test_dyme import Capture, Patch, near, run, same_weights, without_times
 
 
 @pytest.mark.slow
@@ -25,11 +25,12 @@ def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: 
     flags = ["--mode", mode, "--sft-steps", "3", "--steps", "6", "--save-every", "2",
              "--eval-every", "2"]
     assert run(runs, "whole", *flags) == 0
-    real = dyme.train_step
+    real, save = dyme.train_step, dyme.save_checkpoint
 
     def killed(trainer: Trainer, examples: list[Example], step: int, *rest: Any) -> Step:
-        if step == 5:
-            raise SystemError  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
+        if step == 5:  # stands in for a kill: step 4 is logged, the checkpoint is of step 4
+            monkeypatch.setattr(dyme, "save_checkpoint", lambda *_: None)
+            raise SystemError
         return real(trainer, examples, step, *rest)
 
     monkeypatch.setattr(dyme, "train_step", killed)
@@ -38,6 +39,8 @@ def test_a_killed_run_resumes_bit_exactly(runs: Path, monkeypatch: Patch, mode: 
     with (runs / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # and a line cut short
     monkeypatch.setattr(dyme, "train_step", real)
+    monkeypatch.setattr(dyme, "save_checkpoint", save)
+    assert torch.load(runs / "killed" / "checkpoint" / "training_state.pt")["step"] == 4
     assert run(runs, "killed", "--resume") == 0
     assert same_weights(runs / "whole", runs / "killed")
     for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
@@ -109,6 +112,20 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
     names = ("metrics.jsonl", "samples.jsonl")
     for name in names:
         assert without_times(runs / "small" / name) == without_times(runs / "halved" / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [2, 4])  # in the first step, and in the second
+def test_a_step_that_is_taken_again_buffers_its_failures_once(
+        call: int, runs: Path, monkeypatch: Patch) -> None:
+    flags = ["--steps", "3", "--prompts", "4", "--eval-every", "0", "--switch", "budget:12"]
+    assert run(runs, "whole", *flags, "--micro-batch", "2") == 0
+    out_of_memory_once(monkeypatch, call)
+    assert run(runs, "halved", *flags, "--micro-batch", "2") == 0
+    memorized = [[row["memorized"] for row in files.read_jsonl(runs / name / "metrics.jsonl")]
+                 for name in ("whole", "halved")]
+    assert memorized == [[0, 0, 1]] * 2
+    near(runs / "whole", runs / "halved")
 
 
 @pytest.mark.slow
