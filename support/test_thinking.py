@@ -89,6 +89,13 @@ def test_any_format_counts_the_last_word_and_sources_are_averaged_alone() -> Non
     assert summary["thinking_judged"] is None
 
 
+def test_chartqas_score_is_the_mean_of_its_two_parts() -> None:
+    rows = [Example("q", "7", source="human"), Example("q", "8", source="human"),
+            Example("q", "7", source="augmented")]
+    judged = [thinking.judge(row, "Answer: 7", True) | {"length": 1} for row in rows]
+    assert thinking.summarise(judged)["official"] == 0.75  # of 0.5 and 1, not of three rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [
     " " * 50_000, "1 + " * 20_000 + "= 3", "Answer: -" + " " * 50_000 + "x", "(" * 50_000,
@@ -142,6 +149,7 @@ def test_sensible_thinking_is_valid(question: str, answer: str, facts: str, thou
     ("Which is tallest?", "cyan", BARS, "2 (cyan) is the most: cyan", "'2' is not in the image"),
     ("What is the product?", "28", BARS, "4 x 7 = 30 = 28", "4 * 7 = 30 is false"),
     ("Is blue taller than red?", "Yes", BARS, "Red 4 > blue 7, so yes", "4 > blue 7 is false"),
+    ("Which is tallest?", "cyan", BARS, "cyan 9 > cyan 9, cyan", "9 > cyan 9 is false"),
     ("Is blue taller than red?", "Yes", BARS, "Red is 4 and blue is 7. 4 is more than 7: yes",
      "4 is more than 7 is false"),
     ("Is blue taller than red?", "Yes", BARS, "Blue is 7 and red is 4, so no.",
@@ -209,7 +217,8 @@ def test_true_equations_are_read(text: str) -> None:
 @pytest.mark.parametrize("text", [
     "9 ÷ 3 = −3", "-3 + 4 = 7", "0.1 + 0.2 = 0.31", "3 - -4 = -1", "29 - 18 = 12",
     "1,250 + 310 = 1,575", "4 + 7 is 12", "4.5 + 3.7 = 8",
-    "7 + 4 = 2 * 9", "10 / 4 = 3", "12 - 18 = 9", "4 apples + 7 apples = 12 apples"])
+    "7 + 4 = 2 * 9", "100 + 1 = 2 * 50", "10 / 4 = 3", "15 / 2 = 7", "100 / 3 = 34",
+    "12 - 18 = 9", "4 apples + 7 apples = 12 apples"])
 def test_false_equations_are_read(text: str) -> None:
     assert [e.true for e in equations(text)] == [False]
 
@@ -231,6 +240,15 @@ def test_what_is_no_equation_or_cannot_be_read_is_not_called_false(text: str) ->
     ("-3 + 4 = 1. 3 - -4 = 7. - 3 + 4 = 7. -3 - 4 = −7", (12, 12)), ("sales (4) = 3", (2, 2))])
 def test_groundedness_by_hand(text: str, grounded: tuple[int, int]) -> None:
     assert groundedness(text, "red 3, blue 4, green 9") == grounded
+
+
+@pytest.mark.parametrize("text, facts, grounded", [
+    ("100 - 62 = 38", "news 62", (3, 3)),  # what is left of all
+    ("The most is 4.4", "red 4.37, blue 2", (1, 1)), ("red 4.4", "red 4.37, blue 2", (1, 1)),
+    ("red reads 7", BARS, (0, 1)),  # blue's
+    ("64 + 18 = 82 where 64 = 12 + 18 + 9 + 25", YEARS, (8, 8))])
+def test_groundedness_by_other_facts(text: str, facts: str, grounded: tuple[int, int]) -> None:
+    assert groundedness(text, facts) == grounded
 
 
 def test_numbers_of_the_question_are_not_quoted() -> None:

@@ -136,11 +136,11 @@ def _unused(thinking: str, found: list["Equation"], answer: str) -> list[str]:
 
 
 def _false_comparisons(thinking: str) -> list[str]:
-    """Find `4 > 7`, also with names (`red 4 > blue 7`), and "4 is more than 7"."""
+    """Find `4 > 4`, also with names (`red 4 > blue 7`), and "4 is more than 7"."""
     found = re.finditer(rf"(?<![\d.,])({NUMBER})(?: [a-z]+)? ?(>|<|is (?:{MORE}) than) ?"
                         rf"(?:[a-z]+ )?({NUMBER})(?! ?[-+*/])", _typed(thinking))
     return [m[0] for m in found if (_value(m[1]) - _value(m[3])) * (
-        -1 if re.search("<|less|few|short|low|small", m[2]) else 1) < 0]
+        -1 if re.search("<|less|few|short|low|small", m[2]) else 1) <= 0]
 
 
 def concludes(thinking: str, answer: str) -> bool:
