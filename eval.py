@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dyme import NAMES, PRESETS, PROMPT, Config, load_policy, respond
-from reward import Example
+from reward import Example, is_list
 from support import UserError, data, files, parallel, runs, settings, thinking
 
 # The table's columns, by how they are headed; all other scores stand below it.
@@ -155,12 +155,17 @@ def vote(groups: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     """pass@k: any of k samples is right. majority@k: the commonest answer in the format is."""
     passed, majority, k = 0, 0, len(groups[0])
     for group in groups:
-        said = [((p["parsed"] or "").lower().rstrip(".").replace(",", ""), p["accuracy"])
-                for p in group]
+        said = [(one_form(p["parsed"] or ""), p["accuracy"]) for p in group]
         commonest = Counter(answer for answer, _ in said if answer).most_common(1)
         passed += any(right for _, right in said)
         majority += any(right for answer, right in said if commonest and answer == commonest[0][0])
     return {f"pass@{k}": passed / len(groups), f"majority@{k}": majority / len(groups)}
+
+
+def one_form(answer: str) -> str:
+    """An answer without case, spaces, full stop, and commas, if they separate no items."""
+    answer = answer.lower().rstrip(".").replace(" ", "")
+    return answer if is_list(answer) else answer.replace(",", "")
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
