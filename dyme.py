@@ -446,7 +446,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
     entropy = -(p * logp.clamp(min=-100)).sum(-1)  # without the clamp 0 * -inf would be nan
-    return token.clamp(max=logits.shape[1] - 1), entropy
+    return token.clamp(max=logits.shape[1] - 1), entropy  # past the end only if logits are nan
 
 
 @dataclass

@@ -101,8 +101,8 @@ def test_verify_forgives_formatting(answer: str, target: str) -> None:
     ("42 43", "42"), ("42 million", "42"), ("Norway", "Sweden"), ("[35, 22]", "[22, 35]"),
     ("22", "[22, 35]"),
     ("1_000", "1000"), ("nan", "5"), ("5.0001", "5"), ("12", "1|2"), ("", "5"), ("1950", "2019"),
-    ("500%", "5"), ("1000%", "10"), ("100%", "1"), ("1,2", "12"), ("10 of 20", "10%"),
-    ("5/6", "5"), ("±5", "5"),
+    ("500%", "5"), ("1000%", "10"), ("100%", "1"), ("1", "100%"), ("1,2", "12"),
+    ("10 of 20", "10%"), ("5/6", "5"), ("±5", "5"),
     ("1，234", "1234"), ("5，6", "5"), ("5 or 6", "5"), ("5, 6", "5"), ("5 more bars", "5"),
     ("5 apples", "5"),
     ("more than 5", "5"), ("5€", "$5"), ("20°F", "20°C"), (r"\frac{1}{2x}", r"\frac{1}{2}x"),
@@ -115,6 +115,13 @@ def test_verify_forgives_formatting(answer: str, target: str) -> None:
 ])
 def test_verify_never_forgives_a_wrong_value(answer: str, target: str) -> None:
     assert not verify(f"Answer: {answer}", Example("Which of the bars?", target)).correct
+
+
+def test_units_of_the_question_and_items_of_a_list_are_what_they_are() -> None:
+    # A unit may be left out if the question names it, but not a word that is part of the number.
+    assert not reward.answers_match("5 million", "5", question="Is it more than a million?")
+    assert reward.answers_match("104, 5", "[100, 5]", 0.05)
+    assert not reward.answers_match("106, 5", "[100, 5]", 0.05)
 
 
 @pytest.mark.parametrize("answer", [
@@ -154,6 +161,7 @@ def test_thinking_f1_by_hand() -> None:
     assert reward.thinking_f1("red red", "red blue green") == pytest.approx(2 * 1 / 5)
     assert reward.thinking_f1("Answer: red", "red") == 0  # the answer is not thinking
     assert reward.thinking_f1("1,234", "1,234.5") == 0
+    assert reward.thinking_f1("Red is THREE", "red is three") == 1
     assert reward.thinking_f1("8 + 3 = 5", "8 - 3 = 5") == pytest.approx(4 / 5)  # operators count
 
 
@@ -169,6 +177,11 @@ def test_group_advantages_by_hand() -> None:
     assert torch.allclose(advantages[2], population)
     assert dyme.group_advantages(rewards)[0, 0] == pytest.approx(0.5 / 0.5001)
     assert dyme.no_variance(rewards).tolist() == [False, True, False]
+
+
+def test_rewards_that_differ_by_little_have_not_collapsed() -> None:
+    close = torch.tensor([[0.5, 0.501]])
+    assert dyme.group_advantages(close, eps=0.0)[0].tolist() == pytest.approx([-1, 1], abs=1e-3)
 
 
 def test_the_switch_explores_if_any_response_is_right_and_asks_nothing_else() -> None:
@@ -456,6 +469,25 @@ def test_draws_follow_the_distribution_and_depend_on_their_key_alone() -> None:
         assert not torch.equal(uniforms, other)
 
 
+def test_a_draw_is_of_the_sharpened_distribution() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.3]]).log()  # at 0.5 they are 0.66, 0.11, 0.24
+    token, entropy = dyme.draw(logits, torch.tensor([0.6]), 0.5)
+    assert token.item() == 0
+    assert dyme.draw(logits, torch.tensor([0.6]), 1.0)[0].item() == 1
+    p = np.array([0.25, 0.04, 0.09]) / 0.38
+    assert entropy.item() == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+
+
+def test_no_draw_is_an_impossible_token() -> None:
+    first = torch.tensor([[-math.inf, 0.0, 0.0]])
+    assert dyme.draw(first, torch.zeros(1), 1.0)[0].item() == 1
+    last = torch.zeros(1, 1000)  # whose probabilities add up to a little less than 1
+    last[:, -10:] = -math.inf
+    assert dyme.draw(last, torch.tensor([1 - 2**-24]), 1.0)[0].item() < 990
+    broken = torch.full((1, 5), math.nan)
+    assert dyme.draw(broken, torch.tensor([0.5]), 1.0)[0].item() < 5
+
+
 def test_shuffling_and_sampling_share_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds, make = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or make(seed))
@@ -543,6 +575,22 @@ def test_an_image_edge_bounds_the_tiles_of_internvl() -> None:
         images.size = {"height": 448, "width": 448}
         dyme.make_policy(model, processor, CPU, edge)
         assert len(images(wide).pixel_values) == tiles
+
+
+def test_an_image_edge_bounds_any_picture(tiny: Policy, examples: list[Example]) -> None:
+    wide = Image.new("RGB", (200, 100))
+    example = dataclasses.replace(examples[0], image=lambda: wide)
+    dyme.encode_prompts(dataclasses.replace(tiny, image_edge=50), [example], 0)
+    assert wide.size == (50, 25)
+
+
+@slow
+def test_an_end_that_the_template_alone_names_ends_a_response() -> None:
+    model, processor = new_policy(0).model, new_policy(0).processor
+    model.generation_config.eos_token_id = None
+    processor.tokenizer.eos_token = "<unk>"
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    assert end in dyme.make_policy(model, processor, CPU).end_ids
 
 
 @slow
@@ -715,6 +763,13 @@ def test_a_judge_reads_answers_and_traces(examples: list[Example]) -> None:
     assert [y.in_format for y in groups[0]] == [True, False]
 
 
+def test_a_judge_forgives_no_value_and_rates_wrong_responses_too() -> None:
+    near = Example("Q?", "100", trace="red blue", tolerance=0.05)  # which evaluation forgives
+    for text, r_t in (("red red\nAnswer: 104", 0.5), ("Answer: 104", 0.0)):
+        found = dyme.judge([[Response([1], text, True, 0.0)]], [near])
+        assert [rewards.tolist() for rewards in found] == [[[0]], [[r_t]]]
+
+
 def test_samples_follow_the_seed_and_the_step(
         tiny: Policy, examples: list[Example], no_update: None) -> None:
     said = []
@@ -767,7 +822,7 @@ def test_grpo_explores_where_nothing_is_right(
 
 
 def test_kl_pulls_towards_the_reference(tiny: Policy, examples: list[Example]) -> None:
-    trainer = make_trainer(tiny, mode="grpo", beta=0.5)
+    trainer = make_trainer(tiny, mode="grpo", beta=0.5, temperature=0.5)  # both at this one
     trainer.reference = tiny.model
     metrics = dyme.train_step(trainer, examples[:2], 0, 1e-2).metrics
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the first step starts at the reference
@@ -826,6 +881,31 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ten_end_the_run(
         dyme.sft_step(trainer, examples[:2], 9, 1e-3)
 
 
+def test_a_loss_that_is_not_finite_changes_nothing_whatever_its_gradient(tiny: Policy) -> None:
+    trainer = make_trainer(tiny)
+    weight = trainer.policy.model.lm_head.weight
+    before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+    assert dyme.apply_gradients(trainer, math.nan, 1e-3)["skipped_steps"] == 1
+    assert torch.equal(weight, before)
+
+
+def test_a_good_step_ends_a_row_of_failures(tiny: Policy, examples: list[Example]) -> None:
+    trainer = make_trainer(tiny)
+    trainer.failures = 9
+    dyme.sft_step(trainer, examples[:2], 0, 1e-3)
+    assert trainer.failures == 0
+
+
+def test_a_scaler_changes_no_gradient(tiny: Policy, examples: list[Example]) -> None:
+    norms = []
+    for enabled in (False, True):
+        trainer = make_trainer(tiny)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        norms.append([dyme.sft_step(trainer, examples[:2], step, 1e-3).metrics["grad_norm"]
+                      for step in range(2)])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_step_metrics_by_hand() -> None:
     sampled = [[Response([1, 2], "a", True, 2.0, True), Response([3], "a", False, 1.0)],
                [Response([4, 5, 6], "a", False, 0.5), Response([7, 8], "a", False, 0.5)]]
@@ -882,9 +962,22 @@ def test_learning_rate_and_stages_by_hand() -> None:
     cfg = Config(mode="dyme", lr=1.0, steps=12, warmup=2)
     rates = [round(dyme.schedule(cfg, step)[1], 4) for step in (0, 1, 2, 7, 11)]
     assert rates == [0.3333, 0.6667, 1.0, 0.5, 0.1]
+    cfg = Config(mode="dyme", lr=1.0, steps=4, warmup=10)  # of a short stage half is warm-up
+    rates = [round(dyme.schedule(cfg, step)[1], 4) for step in range(4)]
+    assert rates == [0.3333, 0.6667, 1.0, 0.5]
     cfg = Config(mode="two-stage", lr=1.0, steps=10, sft_steps=4, warmup=0)
     stages = [dyme.schedule(cfg, step) for step in (0, 3, 4, 9)]
     assert stages == [("sft", 1.0), ("sft", 0.25), ("grpo", 1.0), ("grpo", 1 / 6)]
+
+
+def test_grpo_after_sft_begins_without_its_momentum(
+        tiny: Policy, examples: list[Example], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, CORRECT, mode="two-stage", sft_steps=1, steps=3)
+    trainer.rows = examples[:16]
+    for step in range(2):
+        dyme.take_step(trainer, step, tmp_path, dyme.feed_prompts(trainer, range(step, 3)))
+    # AdamW has counted one step: that of GRPO.
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {1.0}
 
 
 @pytest.mark.parametrize("mode, sizes", [
@@ -1043,10 +1136,29 @@ def test_vote_by_hand() -> None:
               [prediction("7", True), prediction(None, False), prediction("7", True)]]
     assert evaluation.vote(groups) == {"pass@3": 1.0, "majority@3": 0.5}
     for forms in (("B", "b", "C"), ("[22, 35]", "[22,35]", "[35, 22]"),
-                  ("Cape Verde, 5", "Cape Verde, 5.", "5")):
-        marks = (True, True, False)
+                  ("Cape Verde, 5", "Cape Verde, 5.", "5"), ("1,234", "1234", "5"),
+                  ("[22,350]", "[22, 350]", "[22350]")):
+        forms, marks = forms[::-1], (False, True, True)  # the wrong one first, where a tie goes
         group = [prediction(form, right) for form, right in zip(forms, marks, strict=True)]
         assert evaluation.vote([group]) == {"pass@3": 1.0, "majority@3": 1.0}
+
+
+def test_samples_are_drawn_as_asked_and_of_the_test_split(
+        tmp_path: Path, monkeypatch: Patch) -> None:
+    asked: list[Any] = []
+
+    def respond(policy: Policy, rows: list[Example], tokens: int, batch: int,
+                *rest: Any, **_: Any) -> list[Row]:
+        asked.append((rows[0].name, *rest))
+        return [{"response": "", "parsed": None, "accuracy": False} for _ in range(rest[0])] \
+            if rest else [{"response": ""}]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "respond", respond)
+    monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
+    evaluation.main(["tiny", "--plain", "--samples", "2", "--temperature", "0.5", "--seed", "3",
+                     "--limit", "1"])
+    assert asked == [("toy test row 0",), ("toy test row 0", 2, 0.5, 3, dyme.PROMPT)]
 
 
 def evaluate(*arguments: str) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import dyme
 from dyme import Policy, Sequence, Step
 from reward import Example
-from support import ablations
+from support import ablations, parallel
 from test_dyme import (
     CORRECT,
     assert_close,
@@ -44,6 +44,16 @@ def test_a_threshold_is_of_the_highest_reward(tiny: Policy) -> None:
     assert make_trainer(tiny, switch="threshold:0.3", thinking_weight=0.0).switch(r_a, 0 * r_t)[0]
 
 
+def test_a_threshold_is_reached_by_the_rewards_of_all_processes(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.tensor([[1.0, 0.0]])
+    assert ablations.threshold(0.5, 0.0, half, half).tolist() == [True]
+    monkeypatch.setattr(parallel, "gather", lambda own: [own, {"reward": 0.0, "count": 6}])
+    right = torch.ones(1, 2)  # of 8 rewards in two processes 2 are 1
+    assert ablations.threshold(0.25, 0.0, right, right).tolist() == [True]
+    assert ablations.threshold(0.3, 0.0, right, right).tolist() == [False]
+
+
 def test_anneal_adds_every_target_to_exploration(
         tiny: Policy, examples: list[Example], no_update: None) -> None:
     trainer = make_trainer(tiny, CORRECT, switch="anneal", steps=3)
@@ -54,6 +64,16 @@ def test_anneal_adds_every_target_to_exploration(
     assert [s.ids for s in targets] == [dyme.target_ids(tiny, example) for example in examples[:4]]
     assert sum(s.explore for s in done.sequences) == 16
     assert done.metrics["memorized"] == 0.5  # as many prompts explore
+
+
+def test_anneal_weighs_refined_targets_by_the_prompts_of_all_processes(
+        tiny: Policy, examples: list[Example]) -> None:
+    trainer = make_trainer(tiny, switch="anneal", steps=3)
+    trainer.trace = lambda example: "refined"
+    record = Step(0, examples[:2], (), torch.ones(2, dtype=torch.bool), [])  # 2 of 4 prompts
+    added = ablations.anneal(trainer, record)
+    assert [s.weight for s in added] == [1 / 4] * 2
+    assert added[0].ids == dyme.target_ids(tiny, replace(examples[0], trace="refined"))
 
 
 def test_budget_explores_and_memorizes_failures_when_there_are_enough(
@@ -78,6 +98,15 @@ def test_budget_explores_and_memorizes_failures_when_there_are_enough(
         else:
             assert done.explore.all()  # failed groups explore as well
     assert trainer.kept["buffer"] == [examples[9].name]
+
+
+def test_a_budget_holds_the_failures_of_all_processes(
+        tiny: Policy, examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "gather", lambda names: [names, ["toy train row 9"]])
+    trainer = make_trainer(tiny, switch="budget:9")
+    record = Step(0, examples[:1], (), torch.ones(1, dtype=torch.bool), [], r_a=torch.zeros(1, 4))
+    ablations.memorize_failures(trainer, record, 9)
+    assert trainer.kept["buffer"] == ["toy train row 0", "toy train row 9"]
 
 
 def test_what_extras_keep_is_in_a_checkpoint(tiny: Policy, tmp_path: Path) -> None:

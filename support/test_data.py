@@ -121,6 +121,25 @@ def test_own_rows_hold_a_tenth_back_and_keep_an_image_together(tmp_path: Path) -
     assert sorted(sum(e.image is not None for e in split) for split in (train, val)) == [0, 2]
 
 
+def test_no_image_is_in_train_and_in_val(tmp_path: Path) -> None:
+    for i in range(10):
+        write_image(tmp_path / f"{i}.png")
+    found = [{"question": f"q{i}", "answer": i // 2, "image": f"{i // 2}.png"} for i in range(20)]
+    path = write_rows(tmp_path / "rows.json", found)
+    train, val = ({e.answer for e in data.load_data(path, split)} for split in ("train", "val"))
+    assert (len(train), len(val)) == (9, 1)
+
+
+def test_what_is_held_back_is_spread_over_rows_in_any_order() -> None:
+    groups = [f"{i:03}" for i in range(100)]  # as files are often ordered
+    rows = [Example("q", group) for group in groups]
+    val = [int(e.answer) for e in data.hold_back(rows, groups, "val", "x")]
+    assert len(val) == 10
+    assert min(val) < 50 < max(val)
+    assert data.spread(range(10), 3) == [0, 3, 6]
+    assert data.spread(range(2), 3) == [0, 1]
+
+
 GOOD = {"question": "q", "answer": "a"}
 
 
@@ -813,6 +832,12 @@ def test_a_trace_longer_than_the_context_falls_back_and_is_told(
     path = write_rows(runs / "rows.json", found)
     flags = ["--model", str(toy.BASE), "--data", path, "--steps", "3", "--mode", "sft"]
     assert run(runs, "a", *flags, "--prompts", "4", "--generations", "8") == 0  # every row
+
+
+def test_a_row_of_more_bytes_than_half_a_context_has_tokens_is_measured(tiny: Policy) -> None:
+    row = Example("q", "a", trace="x" * 300)
+    kept = data.check_references([row], tiny, lambda e: 600 if e.trace else 5)
+    assert kept[0].trace is None
 
 
 @pytest.mark.parametrize("words", [600, 20_000])

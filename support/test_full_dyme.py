@@ -90,9 +90,9 @@ def connect(chat: Any) -> Iterator[Callable[..., Helper]]:
     """Makes helpers, by default of `chat`, which are closed after the test."""
     with contextlib.ExitStack() as closing:
 
-        def connect(url: str = "", timeout: float = 20.0, attempts: int = 3, pause: float = 60.0,
-                    **more: Any) -> Helper:
-            helper = Helper(url or chat.url, "m", **more)
+        def connect(url: str = "", timeout: float = 20.0, attempts: int = Helper.attempts,
+                    pause: float = 60.0, model: str = "m", **more: Any) -> Helper:
+            helper = Helper(url or chat.url, model, **more)
             helper.timeout, helper.attempts, helper.pause = timeout, attempts, pause
             closing.callback(helper.close)
             return helper
@@ -308,7 +308,7 @@ def test_without_the_refiner_the_static_trace_stays(chat: Any, tmp_path: Path) -
     ("Observation: red 9.\nConclusion: 4.", "helper_false_traces"),
     ("Reasoning: 2 + 3 = 4.\nConclusion: 4.", "helper_false_traces"),
     ("Observation: <image> red 4.\nConclusion: 4.", "helper_failures"),
-    ("red 4 " * 24 + "is 4.", "helper_failures")])
+    ("red 4 " * 22 + "is 4.", "helper_failures")])  # one token too long, with the end's
 def test_a_trace_that_is_false_or_finds_no_room_leaves_the_static_one(
         chat: Any, tmp_path: Path, trace: str, kind: str) -> None:
     trainer = attach(chat, tmp_path)
@@ -316,6 +316,12 @@ def test_a_trace_that_is_false_or_finds_no_room_leaves_the_static_one(
     assert trainer.trace(RED) == "static"
     counted = {name for name, count in trainer.totals().items() if count}
     assert counted == {"other", "helper_calls", kind}
+
+
+def test_a_trace_that_just_finds_room_is_memorized(chat: Any, tmp_path: Path) -> None:
+    trainer = attach(chat, tmp_path)  # of 48 new tokens the end takes one
+    chat.script = lambda *_: f"{'red 4 ' * 21}now is 4.\nAnswer: 4"
+    assert trainer.trace(RED) == "red 4 " * 21 + "now is 4."
 
 
 def test_the_last_three_right_responses_rated_high_become_examples_of_style(
@@ -470,6 +476,9 @@ def test_replies_are_kept_on_disk_and_asked_for_once(
         file.write('[]\n{"key": "no reply"}\n{"key": "cut of')
     assert ask(connect(folder=tmp_path)) == "ready"
     assert len(chat.seen) == 1
+    assert chat.seen[0].body["temperature"] == 0
+    assert ask(connect(folder=tmp_path, model="another")) == "ready"  # whose reply it is not
+    assert len(chat.seen) == 2
 
 
 def test_half_a_character_in_a_reply_is_replaced(
@@ -504,6 +513,14 @@ def test_faults_that_may_pass_are_tried_again(chat: Any, connect: Any) -> None:
     helper = connect()
     assert ask(helper) == "ready"
     assert helper.counts["helper_calls"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_server_that_is_busy_is_asked_again(status: int, chat: Any, connect: Any) -> None:
+    replies = [status, "ready"]
+    chat.script = lambda *_: replies.pop(0)
+    assert ask(connect()) == "ready"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import dyme
 import eval as evaluation
 from reward import Example
 from support import UserError, fast, files, parallel, toy
-from test_dyme import HERE, Capture, Patch, near, run, without_times
+from test_dyme import CPU, HERE, Capture, Patch, near, run, without_times
 
 DRIVER = """
 import dataclasses, os, sys
@@ -138,6 +138,10 @@ def test_processes_share_prompts(monkeypatch: Patch) -> None:
         shares += [*dyme.share(8)]
         assert len(dyme.share(8)) in (2, 3)
     assert shares == [*range(8)]
+
+
+def test_no_scaler_where_nothing_can_overflow() -> None:
+    assert not parallel.gradient_scaler(dyme.load_policy("tiny", CPU).model, "bf16").is_enabled()
 
 
 def test_processes_that_differ_in_flags_or_rows_are_refused(

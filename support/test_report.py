@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from dyme import Config, load_policy
+from dyme import Config, Policy, load_policy
 from reward import Example
 from support import UserError, data, parallel, report, settings, toy
 from support import runs as run_folders
@@ -531,12 +531,18 @@ def test_two_models_of_one_last_name_have_two_folders(tmp_path: Path, monkeypatc
     assert Path("runs/eval-a--model").is_dir()
 
 
-def test_a_run_is_scored_in_its_precision(tmp_path: Path, monkeypatch: Patch) -> None:
-    saved, seen = {"data": "toy", "image_edge": 0}, []
+def test_a_run_is_scored_in_its_precision_and_up_to_its_length(
+        tmp_path: Path, monkeypatch: Patch) -> None:
+    saved, seen, limits = {"data": "toy", "image_edge": 0, "max_new_tokens": 7}, [], []
     policy = load_policy("tiny", parallel.select_device("cpu"))
+
+    def respond(policy: Policy, rows: Any, tokens: int, *_: Any, **__: Any) -> list[Any]:
+        seen.append(policy.autocast)
+        limits.append(tokens)
+        return [{"response": ""}]
+
     monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
-    monkeypatch.setattr(evaluation, "respond", lambda policy, *_, **__: seen.append(
-        policy.autocast) or [{"response": ""}])
+    monkeypatch.setattr(evaluation, "respond", respond)
     monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
     monkeypatch.setattr(evaluation.runs, "pooling_key", lambda *_: "")
     (tmp_path / "checkpoint").mkdir()
@@ -544,7 +550,9 @@ def test_a_run_is_scored_in_its_precision(tmp_path: Path, monkeypatch: Patch) ->
         monkeypatch.setattr(evaluation.settings, "read",
                             lambda *_, precision=precision: saved | {"precision": precision})
         evaluation.main([str(tmp_path), "--plain"])
-    evaluation.main([str(tmp_path), "--plain", "--precision", "float32"])  # it was trained in bf16
+    # It was trained in bf16, and up to 7 tokens.
+    evaluation.main([str(tmp_path), "--plain", "--precision", "float32", "--max-new-tokens", "9"])
+    assert limits == [7, 7, 9]
     assert seen[0] is seen[2] is contextlib.nullcontext
     assert seen[1]().fast_dtype == torch.bfloat16
 

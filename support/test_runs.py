@@ -25,7 +25,7 @@ import dyme
 import eval as evaluation
 from dyme import Config
 from reward import Example
-from support import DivergedError, UserError, files, parallel, settings, toy
+from support import DivergedError, UserError, data, files, parallel, settings, thinking, toy
 from support import runs as run_folders
 from test_dyme import Capture, Patch, Row, run, same_weights, without_times
 
@@ -192,6 +192,23 @@ def test_a_run_whose_trace_was_too_long_to_imitate_goes_on(runs: Path, capsys: C
     assert run(runs, "a", *flags, "--steps", "1") == 0
     assert "warning: 1 training rows" in capsys.readouterr().out
     assert run(runs, "a", "--resume") == 0
+
+
+def test_a_run_is_tested_on_the_rows_that_it_held_back(runs: Path) -> None:
+    rows = [{"question": f"Which bar {i} is the tallest?", "answer": "red"} for i in range(19)]
+    path = runs / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert run(runs, "a", "--model", str(toy.BASE), "--data", str(path), "--steps", "1") == 0
+    saved = run_folders.read_config(runs / "a")
+    tested = [e.name for e in evaluation.load_test(runs / "a", str(path), saved, 0)]
+    assert tested == [e.name for e in data.load_data(str(path), "val")]
+
+
+def test_other_facts_are_other_rows() -> None:
+    hashes = [run_folders.describe_rows([Example("q", "a", facts=facts)], [])["hash"]
+              for facts in ("red 4", "red 5", "red 4")]
+    assert hashes[0] == hashes[2]
+    assert hashes[0] != hashes[1]
 
 
 # ---- A run that starts does not cost the one before ----------------------------------------------
@@ -385,6 +402,29 @@ def test_the_best_weights_are_written_again_if_a_copy_lacks_them(
     trainer.best = 1.0
     dyme.evaluate(trainer, examples[:1], runs, 300, None)
     assert not (runs / "best" / "model.safetensors").exists()  # no better: they stay as they are
+
+
+def test_the_best_weights_are_the_first_of_the_highest_accuracy(
+        runs: Path, tiny: dyme.Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    trainer, scores = dyme.make_trainer(Config(max_new_tokens=2), tiny), iter((0.2, 0.3, 0.3))
+    monkeypatch.setattr(thinking, "summarise", lambda _: {
+        "accuracy": next(scores), "any_format": 0.5, "valid_thinking": 0.1, "in_format": 0.9})
+    for step in (150, 300):
+        dyme.evaluate(trainer, examples[:1], runs, step, None)
+    assert trainer.best == 0.3
+    (runs / "best" / "model.safetensors").unlink()
+    dyme.evaluate(trainer, examples[:1], runs, 450, None)  # as good: the earlier ones stay
+    assert not (runs / "best" / "model.safetensors").exists()
+
+
+def test_a_scaler_goes_on_where_it_was(tiny: dyme.Policy, tmp_path: Path) -> None:
+    trainers = [dyme.make_trainer(Config(plain=True), tiny) for _ in range(2)]
+    for trainer, scale in zip(trainers, (8.0, 2.0), strict=True):
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainers[0].scaler.scale(torch.ones(1))  # which makes its scale
+    dyme.save_checkpoint(tmp_path, trainers[0], 3)
+    assert dyme.load_checkpoint(tmp_path, trainers[1]) == 3
+    assert trainers[1].scaler.state_dict()["scale"] == 8.0
 
 
 def test_the_summary_pairs_answers_by_name_and_needs_no_first_evaluation(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import dyme
 import reward
-from support import UserError, charts, make_sight, sight, smollm2, thinking
+from support import UserError, charts, make_sight, sight, smollm2, thinking, toy
 from support import runs as run_folders
 
 CHART = charts.Chart({"red": 4, "blue": 27, "green": 12, "brown": 50})
@@ -30,6 +30,17 @@ def test_a_chart_is_drawn_to_scale() -> None:
         # Three pixels to a unit; the foot of a bar lies under the axis.
         assert np.flatnonzero(filled).tolist() == [*range(172 - 3 * value, 172)]
     assert CHART.facts() == "red 4, blue 27, green 12, brown 50"
+
+
+def test_charts_and_invented_heights_are_as_said() -> None:
+    drawn = [*itertools.islice(charts.random_charts(), 200)]
+    heights = {height for chart in drawn for height in chart.values.values()}
+    assert (min(heights), max(heights)) == (1, charts.TOP)
+    assert {len(chart.values) for chart in drawn} == {4, 5, 6}
+    for kind, answer in (("sum", "31"), ("difference", "23")):
+        values = charts.invented(kind, ["blue", "red"], CHART, np.random.default_rng(0))
+        assert toy.answer_to(kind, ["blue", "red"], values) == answer
+        assert not {*values.values()} & {*CHART.values.values()}
 
 
 @pytest.mark.slow

@@ -181,7 +181,10 @@ def test_problems_and_their_results_by_hand() -> None:
     assert problem.numbers() == [7, 5, 4, 2]
     assert problem.is_sound()
     assert not sums.Problem(7, (("-", 7),)).is_sound()  # a number twice, and nothing left
+    assert not sums.Problem(9, (("-", 4), ("-", 5))).is_sound()  # nothing left
     assert not sums.Problem(60, (("*", 2),)).is_sound()
+    first = itertools.islice(sums.problems(new=False), 600)
+    assert np.mean([len(found.steps) == 2 for found in first]) == pytest.approx(0.7, abs=0.05)
 
 
 @pytest.mark.slow
@@ -216,6 +219,9 @@ def test_traces_of_sums_are_right_and_as_bad_as_asked_for(traces: str, share: fl
         quoted, asked = (set(re.findall(r"\d+", text)) for text in (
             example.trace.split("Reasoning")[0], example.question))
         assert quoted == asked or not quoted & asked
+    ends = [re.findall(r"\d+", (e.trace or "").split("Conclusion")[0])[-1] for e in rows]
+    # The answer follows from numbers that are not in the question too, where it can.
+    assert np.mean([end == e.answer for end, e in zip(ends, rows, strict=True)]) > 0.9
 
 
 def test_sums_has_a_preset_of_its_own() -> None:
