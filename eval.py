@@ -163,9 +163,9 @@ def vote(groups: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
 
 
 def one_form(answer: str) -> str:
-    """An answer without case, spaces, full stop, and commas, if they separate no items."""
-    answer = answer.lower().rstrip(".").replace(" ", "")
-    return answer if is_list(answer) else answer.replace(",", "")
+    """An answer without case and full stop; a list without spaces, all else without commas."""
+    answer = answer.lower().rstrip(".")
+    return answer.replace(" ", "") if is_list(answer) else answer.replace(",", "")
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
