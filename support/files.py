@@ -33,6 +33,8 @@ def write_atomically(path: Path, text: str) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a folder or a link (not what it points to), if it is there."""
     if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.chmod(0o700)  # one that is read-only could not be emptied
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -256,7 +256,8 @@ def in_threads(work: Callable[[Job, Any], T], processor: Any, jobs: Iterable[Job
                ahead: int) -> Generator[T]:
     """Yield `work(job, processor)` of each job, in order; `ahead` may be done before their turn."""
     # This process's part of the cores, one kept for the step itself.
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+    cores = (os.cpu_count() or 1) // here
     threads = max(1, min(16, cores - 1, ahead))
     free = [copy.deepcopy(processor) for _ in range(threads)]  # a tokenizer cannot serve two
 

@@ -68,7 +68,7 @@ def opened(cfg: Config) -> Iterator[tuple[list[Example], list[Example]]]:
             if parallel.is_main():
                 enter(cfg, stack)
                 if cfg.resume:
-                    check_unchanged(Path(cfg.out), rows)
+                    check_unchanged(Path(cfg.out), cfg.data, rows)
         yield examples, held_out
 
 
@@ -107,8 +107,10 @@ def outputs(run: Path) -> list[Path]:
 
 def read_config(run: Path) -> dict[str, Any]:
     """All that `config.json` holds: settings, and what else a run writes down about itself."""
-    file = run / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    with contextlib.suppress(OSError, ValueError):  # it may be damaged while the run goes on
+        saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return saved if isinstance(saved, dict) else {}
+    return {}
 
 
 def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str, Any]:
@@ -119,18 +121,19 @@ def describe_rows(examples: list[Example], held_out: list[Example]) -> dict[str,
             "hash": hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]}
 
 
-def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
-    """Raise UserError if a run lost its checkpoint, or if its rows changed since it began."""
+def check_unchanged(run: Path, source: str, rows: dict[str, Any]) -> None:
+    """Raise UserError if a run lost its checkpoint, or if the source's rows are not its own."""
     saved = read_config(run)
     if saved.get("saved") and not (run / "checkpoint").exists():
         raise UserError(f"--out {run}: has no checkpoint to go on from, though one was saved; "
                         "bring it back, or start again with --overwrite")
-    before = saved.get("rows", {})
+    before = saved.get("rows")
     for key, now in rows.items():
-        if before.get(key) != now:
-            raise UserError(f"--data {saved['data']}: has changed since the run began ({key}: "
-                            f"{before.get(key)} then, {now} now); bring the old rows back, or "
-                            "start a new run with another --out")
+        then = before.get(key) if isinstance(before, dict) else None
+        if then != now:
+            raise UserError(f"--data {source}: has changed since the run began ({key}: {then} "
+                            f"then, {now} now); bring the old rows back, or start a new run with "
+                            "another --out")
     if saved.get("seal") != seal(saved):
         print(f"warning: {run / 'config.json'}: its settings were edited since the run began",
               file=sys.stderr)
@@ -138,7 +141,7 @@ def check_unchanged(run: Path, rows: dict[str, Any]) -> None:
 
 def held_back(run: Path, source: str, saved: dict[str, Any]) -> list[Example]:
     """The rows of a file that a run on it held back. Raises UserError if the file has changed."""
-    if not saved.get("data", "").endswith((".json", ".jsonl")):
+    if not (saved.get("data", "").endswith((".json", ".jsonl")) and Path(source).is_file()):
         return []
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
         train, val = (data.load_data(source, split) for split in ("train", "val"))
@@ -216,7 +219,7 @@ def settled(run: Path) -> None:
             saved["saved"] = True
             files.write_atomically(run / "config.json", json.dumps(saved, indent=2) + "\n")
         else:
-            warn_once(f"{run}: has no config.json any more; was the folder moved?")
+            warn_once(f"{run}: has no config.json that can be read any more; was it moved?")
         files.remove(run / ASIDE)
 
 
@@ -251,7 +254,7 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
         if state["step"] > (steps := saved.get("steps", state["step"])):
             raise ValueError(f"it is at step {state['step']} of a run of {steps}")
         optimizer.load_state_dict(state["optimizer"])
-        return state
+        return state | {part: state[part] for part in ("scaler", "failures", "best", "kept")}
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise many kinds
@@ -298,6 +301,16 @@ SUMMARY = {"accuracy": "right and in the format", "valid_thinking": "and with va
            "accuracy_new": "on combinations it never met"}
 
 
+@contextlib.contextmanager
+def edited_records() -> Iterator[None]:
+    """Leave out what is said of a run's records where someone has edited them, and say that."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        warn_once(f"the run's records are not as it wrote them ({type(error).__name__}: {error})")
+
+
+@edited_records()
 def print_summary(run: Path, mode: str, steps: int) -> None:
     """Print three held-out answers before and after, and what was measured."""
     evaluated = files.read_jsonl(run / "evaluations.jsonl")
@@ -423,6 +436,7 @@ def log_step(run: Path, logged: dict[str, Any], shown: list[dict[str, Any]],
             warn(files.read_jsonl(run / "metrics.jsonl")[-20:])
 
 
+@edited_records()
 def warn(last: list[dict[str, Any]]) -> None:
     """Say once what the metrics of the last 20 steps, if they sampled, show to go wrong."""
     sampled = [row for row in last if row.get("accuracy") is not None]

@@ -282,7 +282,7 @@ def test_too_little_memory_is_not_taken_for_a_damaged_or_unknown_model(
 def test_work_in_threads_comes_in_order_each_thread_with_its_own_processor(
         monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")  # not torchrun's, for there is none
     processor, used, before, barrier = [], [], threading.active_count(), threading.Barrier(3)
 
     def work(job: int, own: list[int]) -> int:
@@ -301,6 +301,17 @@ def test_work_in_threads_comes_in_order_each_thread_with_its_own_processor(
     assert len({*used}) == 3  # one core of the four is left for the step itself
     assert processor == []
     assert threading.active_count() == before
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch: Patch) -> None:
+    asked, real = [], parallel.ThreadPoolExecutor
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", lambda n: asked.append(n) or real(n))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for joined in (True, False):
+        monkeypatch.setattr(parallel.dist, "is_initialized", lambda joined=joined: joined)
+        assert [*parallel.in_threads(lambda job, _: job, None, range(3), ahead=9)] == [0, 1, 2]
+    assert asked == [3, 7]  # one core is kept for the step itself
 
 
 def test_threads_end_with_their_reader() -> None:

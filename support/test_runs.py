@@ -181,6 +181,8 @@ def test_a_run_does_not_go_on_with_other_rows(
     assert run(runs, "a", "--resume") == 2
     assert says in capsys.readouterr().err
     assert written(runs / "a") == before
+    assert run(runs, "a", "--resume", "--data", "toy") == 2
+    assert "--data toy: has changed since the run began" in capsys.readouterr().err
 
 
 def test_a_run_whose_trace_was_too_long_to_imitate_goes_on(runs: Path, capsys: Capture) -> None:
@@ -202,6 +204,9 @@ def test_a_run_is_tested_on_the_rows_that_it_held_back(runs: Path) -> None:
     saved = run_folders.read_config(runs / "a")
     tested = [e.name for e in evaluation.load_test(runs / "a", str(path), saved, 0)]
     assert tested == [e.name for e in data.load_data(str(path), "val")]
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        evaluation.load_test(runs / "a", str(path), saved, 0)
 
 
 def test_other_facts_are_other_rows() -> None:
@@ -452,13 +457,32 @@ def test_the_summary_pairs_answers_by_name_and_needs_no_first_evaluation(
     assert "at steps 4 and 4 of sft" in capsys.readouterr().out
 
 
-def test_a_run_whose_folder_moved_says_so(
-        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    at_step(monkeypatch, 1, lambda: (runs / "a").rename(runs / "b"))
+@pytest.mark.parametrize("act", [
+    lambda run: run.rename(run.with_name("b")), lambda run: (run / "config.json").write_text(""),
+    lambda run: (run / "config.json").write_text("[1]")])
+def test_a_run_whose_folder_moved_or_whose_config_is_damaged_saves_and_says_so(
+        runs: Path, monkeypatch: Patch, capsys: Capture, act: Callable[[Path], None]) -> None:
+    monkeypatch.setattr(run_folders, "TOLD", set())
+    at_step(monkeypatch, 1, lambda: act(runs / "a"))
     assert run(runs, "a", "--steps", "2") == 0
-    assert f"{runs / 'a'}: has no config.json any more; was the folder moved?" in (
-        capsys.readouterr().err)
+    assert f"{runs / 'a'}: has no config.json that can be read any more" in capsys.readouterr().err
     assert saved_step(runs / "a") == 2
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("held-out-2", {"response": 5}), ("held-out-2", {"thinking_fault": 5}),
+    ("held-out-2", {"question": None}), ("evaluations", {"accuracy": "high"}),
+    ("evaluations", {"rows": None}), ("metrics", {"truncated": "x"})])
+def test_a_run_ends_well_though_its_records_were_edited(
+        runs: Path, monkeypatch: Patch, capsys: Capture, name: str, damage: Row) -> None:
+    monkeypatch.setattr(run_folders, "TOLD", set())
+    assert run(runs, "a", "--steps", "2") == 0
+    file = runs / "a" / f"{name}.jsonl"
+    files.write_jsonl(file, [row | damage for row in files.read_jsonl(file)])
+    assert run(runs, "a", "--resume") == 0
+    run_folders.warn(10 * files.read_jsonl(runs / "a" / "metrics.jsonl"))
+    told = "the run's records are not as it wrote them" in capsys.readouterr().err
+    assert told == (damage not in ({"question": None}, {"rows": None}))  # these are printed so
 
 
 @pytest.mark.slow
@@ -468,6 +492,7 @@ def test_a_run_whose_folder_moved_says_so(
     lambda file: torch.save({"step": 1}, file), lambda file: torch.save([1], file),
     lambda file: torch.save(torch.load(file) | {"optimizer": {"state": {}, "param_groups": []}},
                             file),
+    lambda file: torch.save({k: v for k, v in torch.load(file).items() if k != "kept"}, file),
 ])
 def test_a_damaged_training_state_is_one_line(
         runs: Path, capsys: Capture, damage: Callable[[Path], None]) -> None:
@@ -565,6 +590,7 @@ def test_lines_that_are_no_rows_are_left_out(runs: Path, capsys: Capture) -> Non
     ({"prompts": True}, "`prompts` is true"), ({"data": ["toy"]}, "`data` is"),
     ({"mode": "ppo"}, "--mode ppo: must be one of"), ({"lr": math.nan}, "--lr nan"),
     ({"prompts": 0}, "--prompts 0"), ({"rows": {"training rows": 3}}, "rows: 3 then, 16 now"),
+    ({"rows": None}, "rows: None then, 16 now"), ({"rows": [1]}, "rows: None then, 16 now"),
 ])
 def test_a_damaged_config_is_one_line(
         runs: Path, capsys: Capture, change: Row, says: str) -> None:
@@ -576,6 +602,18 @@ def test_a_damaged_config_is_one_line(
     error = capsys.readouterr().err.strip()
     assert says in error
     assert "\n" not in error
+
+
+def test_a_read_only_folder_of_ours_is_removed(tmp_path: Path, monkeypatch: Patch) -> None:
+    folder, real = tmp_path / "checkpoint.old", shutil.rmtree
+    folder.mkdir(0o500)
+
+    def as_no_root(path: Path, ignore_errors: bool) -> None:  # who may write anywhere
+        if path.stat().st_mode & 0o200:
+            real(path)
+    monkeypatch.setattr(shutil, "rmtree", as_no_root)
+    files.remove(folder)
+    assert not folder.exists()
 
 
 def test_a_file_that_may_not_be_read_is_named(
