@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import dyme
 from reward import FLAG, Example, reference_response, split_response, verify
-from support import UserError, data, files, parallel
+from support import UserError, data, files, parallel, runs
 from support.thinking import thinking_fault
 
 try:
@@ -151,12 +151,16 @@ class Helper:
         self.limit, self.sampling = "max_tokens", {"temperature": 0.0}
         self.file = folder / "helper.jsonl" if folder else None
         rows = files.read_jsonl(self.file) if self.file else []
-        self.known = {row.get("key"): str(row.get("reply", "")) for row in rows}
+        self.known = {str(row.get("key")): str(row.get("reply", "")) for row in rows}
         self.pending: dict[str, asyncio.Task[str | None]] = {}  # requests on their way
         # Without a key of its own the server gets "none", never a token that lies about for the
         # hub. Redirects, which would carry the key to another server, are not followed.
         headers = {"Authorization": f"Bearer {key or 'none'}"}
-        self.client = httpx.AsyncClient(headers=headers, timeout=None)
+        try:
+            self.client = httpx.AsyncClient(headers=headers, timeout=None)
+        except Exception as error:  # noqa: BLE001 - raised by what the environment names
+            raise UserError("--helper-url: the environment's proxy or certificates cannot be used "
+                            f"({error})") from None
         self.slots = asyncio.Semaphore(concurrency)
         # One thread sends all requests, from a loop, so that any of them can be given up.
         self.loop = asyncio.new_event_loop()
@@ -191,7 +195,8 @@ class Helper:
             if reply is not None and key not in self.known:
                 self.known[key] = reply
                 if self.file:
-                    files.append_row(self.file, {"key": key, "reply": reply})
+                    with runs.tolerated(str(self.file)):
+                        files.append_row(self.file, {"key": key, "reply": reply})
         return self.known.get(key, "")
 
     async def send(self, content: str | list[Any], tokens: int) -> str | None:

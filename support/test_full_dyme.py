@@ -473,12 +473,29 @@ def test_replies_are_kept_on_disk_and_asked_for_once(
     first = connect(folder=tmp_path)
     assert ask(first) == ask(first) == "ready"
     with open(tmp_path / "helper.jsonl", "a") as file:
-        file.write('[]\n{"key": "no reply"}\n{"key": "cut of')
+        file.write('[]\n{"key": "no reply"}\n{"key": ["a"], "reply": "x"}\n{"key": "cut of')
     assert ask(connect(folder=tmp_path)) == "ready"
     assert len(chat.seen) == 1
     assert chat.seen[0].body["temperature"] == 0
     assert ask(connect(folder=tmp_path, model="another")) == "ready"  # whose reply it is not
     assert len(chat.seen) == 2
+
+
+def test_a_reply_that_cannot_be_kept_on_disk_is_used(
+        chat: Any, connect: Any, tmp_path: Path, capsys: Capture) -> None:
+    helper = connect(folder=tmp_path)
+    (tmp_path / "helper.jsonl").symlink_to("/dev/full")
+    assert ask(helper) == ask(helper) == "ready"
+    assert "helper.jsonl: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("all_proxy", "http://proxy.example:abc"), ("SSL_CERT_FILE", "/no/such.pem")])
+def test_proxies_and_certificates_that_cannot_be_are_a_line(
+        name: str, value: str, monkeypatch: Patch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--helper-url: the environment's proxy or certificates"):
+        Helper("http://localhost:1/v1", "m")
 
 
 def test_half_a_character_in_a_reply_is_replaced(
