@@ -180,7 +180,7 @@ def in_response(**more: Any) -> Any:
     ("samples", change(step="1"), 1), ("samples", change(question=None), 1),
     ("samples", change(mode="asleep"), 1), ("samples", change(responses=[None]), 1),
     ("samples", change(name="x" * 10**6), 1), ("samples", in_response(advantage=float("nan")), 1),
-    ("samples", in_response(text=7), 1),
+    ("samples", in_response(text=7), 1), ("samples", in_response(kl=float("nan")), 0),
     ("samples", replace_by(b"[" * 10**5 + b'\nnull\n"x"\n7\n[]\n'), 5),
     ("evaluations", change(accuracy=float("inf")), 1), ("evaluations", change(accuracy_sum={}), 1),
     ("evaluations", change(step=-1), 1), ("evaluations", replace_by(b"\xff\xfe\0\n"), 1),

@@ -219,7 +219,8 @@ def read_facts(facts: str) -> tuple[list[tuple[set[str], float]], dict[str, str]
     """
     cells: list[tuple[set[str], float]] = []
     header: list[str] = []
-    for line in re.split(r"[;\n]", _typed(facts)):
+    # Runs of spaces, as of a table that is set in columns, would take their cube in time.
+    for line in re.split(r"[;\n]", re.sub(r"[^\S\n]+", " ", _typed(facts))):
         row, _, rest = line.partition(": ") if re.search(": .*=", line) else ("", "", line)
         parts = [part.strip() for part in re.split(r",\s+", rest)]
         pairs = [re.fullmatch(rf"(.*?)\s*[=:]?\s*({SIGNED})\D{{0,3}}", part) for part in parts]

@@ -39,6 +39,13 @@ def fits(value: Any, shape: Any) -> bool:
     return isinstance(value, bool) if shape is bool else value == shape
 
 
+def cut(value: Any, shape: Any) -> Any:
+    """A value that fits, less what the shape does not name."""
+    if isinstance(shape, dict):
+        return {key: cut(value.get(key), part) for key, part in shape.items()}
+    return [cut(item, shape[0]) for item in value] if isinstance(shape, list) else value
+
+
 def read(file: Path, shape: Row, lost: Counter[str], numbers: bool = False) -> list[Row]:
     """What a shape names of a file's rows, perhaps with other `numbers`; counts what is lost."""
     rows = []
@@ -53,7 +60,7 @@ def read(file: Path, shape: Row, lost: Counter[str], numbers: bool = False) -> l
         if not fits(row, shape):
             lost[file.name] += 1
             continue
-        rows.append({key: row.get(key) for key in shape})
+        rows.append(cut(row, shape))
         for key, value in row.items() if numbers else ():
             if fits(value, float):
                 rows[-1][key] = value
