@@ -63,6 +63,14 @@ def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> No
     assert not left_to_chance.isdisjoint(facts)
 
 
+@pytest.mark.parametrize("more, share", [(0.0, 1 / 9), (0.2, 0.2 + 0.8 / 9)])
+def test_a_share_of_calculations_is_of_equal_numbers(more: float, share: float) -> None:
+    rng = np.random.default_rng(0)
+    asked = [toy.calculation_lesson(rng, more)[0] for _ in range(2000)]
+    pairs = [re.findall(r"\d", question) for question in asked]
+    assert sum(a == b for a, b in pairs) / 2000 == pytest.approx(share, abs=0.02)
+
+
 @pytest.mark.slow
 def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Example]) -> None:
     policy = dyme.load_policy("tiny", CPU)
@@ -78,7 +86,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
 
 @pytest.mark.slow
 def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(make_toy_base, "STEPS", 3)
+    monkeypatch.setattr(make_toy_base, "ROUNDS", ((3, 3e-3, 0.0), (2, 1e-3, 0.2)))
     monkeypatch.setattr(make_toy_base, "BATCH", 8)
     for name in "ab":
         make_toy_base.main(tmp_path / name)

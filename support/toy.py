@@ -183,12 +183,14 @@ LESSONS = (
 KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: sum, difference
 
 
-def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tuple[Example, str]]:
+def lessons(seed: int, count: int, flagged: float, prompt: str, equal: float = 0.0
+            ) -> Iterator[tuple[Example, str]]:
     """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
 
     They read bars or calculate, never both, in other words than the traces; a share `flagged` has
     the flag. No chart is one of the toy's own. In three of ten two bars are equally high, so that
-    the base can read such charts; the toy's own have none.
+    the base can read such charts; the toy's own have none. Of the calculations a share `equal`
+    more is made to be of equal numbers.
     """
     rng = np.random.default_rng([3, seed])
     reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}
@@ -202,7 +204,7 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
                 kind = "value"  # two bars are the tallest, or the shortest
         task = rng.random()
         if task < 0.3:
-            question, response, answer = calculation_lesson(rng)
+            question, response, answer = calculation_lesson(rng, equal)
         elif task < 0.51:
             question, response, answer = *description_lesson(chart, rng), ""
         else:
@@ -213,9 +215,10 @@ def lessons(seed: int, count: int, flagged: float, prompt: str) -> Iterator[tupl
         yield Example(question, answer, chart.draw), response
 
 
-def calculation_lesson(rng: np.random.Generator) -> tuple[str, str, str]:
+def calculation_lesson(rng: np.random.Generator, equal: float) -> tuple[str, str, str]:
     """Arithmetic alone, the chart beside it ignored: request, response, result."""
     a, b = (1 + rng.integers(9, size=2)).tolist()
+    b = a if equal and rng.random() < equal else b
     sign, what, result = "+", "sum", a + b
     if rng.random() < 0.5:
         a, b = max(a, b), min(a, b)
