@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from test_dyme import examples, no_update, readable, runs, tiny  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark; `python -m pytest -m "not slow"` leaves such tests out."""
+    """Register the mark, which `python -m pytest -m "not slow"` leaves out; heed signals to stop."""
     config.addinivalue_line("markers", "slow: takes most of a second")
+    # A shell lets what it starts in the background, or by nohup, ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ---- For grade.py: a report that is complete up to where a student's file hangs ------------------
