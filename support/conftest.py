@@ -12,7 +12,7 @@ from test_dyme import examples, no_update, readable, runs, tiny  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark, which `python -m pytest -m "not slow"` leaves out; heed signals to stop."""
+    """Register the mark, which `pytest -m "not slow"` leaves out; heed signals to stop."""
     config.addinivalue_line("markers", "slow: takes most of a second")
     # A shell lets what it starts in the background, or by nohup, ignore these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
