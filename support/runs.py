@@ -253,8 +253,10 @@ def read_state(run: Path, optimizer: torch.optim.Optimizer, device: torch.device
             raise ValueError("it was saved by a run with other settings")
         if state["step"] > (steps := saved.get("steps", state["step"])):
             raise ValueError(f"it is at step {state['step']} of a run of {steps}")
+        if missing := {"scaler", "failures", "best", "kept"} - state.keys():
+            raise ValueError(f"it has no {min(missing)}")
         optimizer.load_state_dict(state["optimizer"])
-        return state | {part: state[part] for part in ("scaler", "failures", "best", "kept")}
+        return state
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise many kinds

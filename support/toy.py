@@ -218,7 +218,8 @@ def lessons(seed: int, count: int, flagged: float, prompt: str, equal: float = 0
 def calculation_lesson(rng: np.random.Generator, equal: float) -> tuple[str, str, str]:
     """Arithmetic alone, the chart beside it ignored: request, response, result."""
     a, b = (1 + rng.integers(9, size=2)).tolist()
-    b = a if equal and rng.random() < equal else b
+    if equal and rng.random() < equal:  # a share of 0 draws nothing: the first round stays itself
+        b = a
     sign, what, result = "+", "sum", a + b
     if rng.random() < 0.5:
         a, b = max(a, b), min(a, b)
