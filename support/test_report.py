@@ -325,6 +325,7 @@ out.titles = texts("#story h3, #story h4"); out.equations = texts("#story .equat
 document.querySelectorAll("#story button")[1].click(); out.opened = $("place").textContent;
 out.focused = document.activeElement.id; out.lanes = texts("#strip > button, #strip > span");
 out.first = document.querySelector("main section").id;
+out.imitated = all("#strip .lane").pop().querySelectorAll('rect[fill="var(--mem)"]').length;
 out.charts = texts("#charts h4");
 change("mode", "memorization"); out.memorized = $("place").textContent;
 out.why = $("group").textContent;
@@ -382,6 +383,7 @@ def test_the_page_works_in_a_browser(reported: Path, width: int) -> None:
     assert out["equations"][2] == "Eq. 6: max ra = max(1, 0, 0, 0) = 1, so explore"
     assert out["opened"].startswith("Step 2; group 3 of 4")
     assert (out["focused"], out["first"]) == ("which", "modes")
+    assert out["imitated"] == 1  # of four prompts, three explored
     assert out["lanes"] == ["<i>a", "b", "<i>a, kept prompts by kind:", "sum"]
     assert "Accuracy: sum" in out["charts"]
     assert out["memorized"] == "Step 0; group 1 of 1"
