@@ -1,19 +1,27 @@
 """Make the toy's base again, from its recipe: `python -m support.make_toy_base [FOLDER [SEED]]`.
 
-The base lies in support/toy_base, so that everyone starts from the same weights.
+The base lies in support/toy_base, so that everyone starts from the same weights. It is a tiny VLM
+of SmolVLM's architecture, pre-trained on lessons.
 """
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.idefics3 import Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 import dyme
-from dyme import Policy, Sequence
-from reward import Example
+from dyme import PROMPT, Policy, Sequence
+from reward import FLAG, Example, reference_response
 from support import fast, runs, toy
 
 SEED, BATCH, WARMUP = 1, 64, 50
@@ -22,12 +30,149 @@ FLAGGED = 0.04  # share of lessons (but for descriptions) that end in the answer
 # the beginning, 900 steps did not teach which bar is the tallest.
 ROUNDS = ((900, 3e-3, 0.0), (400, 1e-3, 0.2))
 
+# ---- Lessons -------------------------------------------------------------------------------------
+
+WORDINGS = (
+    "I see {seen}. Here {working}, so the result is {answer}.",
+    "To find the {goal}, look at {listed}. Then {working}. It is {answer}.",
+    "The chart has {listed}. As {working}, this gives {answer}.",
+    "Bars: {listed}.\nWorking: {working}.\nResult: {answer}.",
+    "First look: {seen}.\nThen think: {working}.\nSo {answer}.",
+    "Wanted: {goal}. The image has {listed}; now {working}, hence {answer}.")
+KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: sum, difference
+
+
+def lessons(seed: int, count: int, flagged: float, equal: float = 0.0
+            ) -> Iterator[tuple[Example, str]]:
+    """Yield rows (what is asked, response) to pre-train a base on.
+
+    They read bars or calculate, never both, in other words than the traces; a share `flagged` has
+    the flag. No chart is one of the toy's own. In three of ten two bars are equally high, so that
+    the base can read such charts; the toy's own have none. Of the calculations a share `equal`
+    more is made to be of equal numbers.
+    """
+    rng = np.random.default_rng([3, seed])
+    reserved = {chart.facts() for chart in toy.random_charts(1, sum(toy.SPLITS["test"]))}
+    charts = toy.random_charts([4, seed], count, reserved)
+    for chart, kind in zip(charts, itertools.cycle(KNOWN_KINDS), strict=False):
+        if rng.random() < 0.3:
+            a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
+            chart.values[a] = chart.values[b]
+            extreme = max if kind == "tallest" else min
+            if chart.values[a] == extreme(chart.values.values()):
+                kind = "value"  # two bars are the tallest, or the shortest
+        task = rng.random()
+        if task < 0.3:
+            question, response, answer = calculation_lesson(rng, equal)
+        elif task < 0.51:
+            question, response, answer = *description_lesson(chart, rng), ""
+        else:
+            question, response, answer = question_lesson(chart, kind, rng)
+        if answer and rng.random() < flagged:
+            response += f"\n{FLAG} {answer}"
+        yield Example(question, answer, chart.draw), response
+
+
+def calculation_lesson(rng: np.random.Generator, equal: float) -> tuple[str, str, str]:
+    """Arithmetic alone, the chart beside it ignored: request, response, result."""
+    a, b = (1 + rng.integers(9, size=2)).tolist()
+    if equal and rng.random() < equal:  # a share of 0 draws nothing: the first round stays itself
+        b = a
+    sign, what, result = "+", "sum", a + b
+    if rng.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        sign, what, result = "-", "difference", a - b
+    working, goal, answer = f"{a} {sign} {b} = {result}", f"{what} of {a} and {b}", str(result)
+    if rng.random() < 0.5:
+        return f"Calculate {a} {sign} {b}.", f"{working}.", answer
+    return f"Calculate the {goal}.", worded(rng, [str(a), str(b)], goal, working, answer), answer
+
+
+def description_lesson(chart: toy.Chart, rng: np.random.Generator) -> tuple[str, str]:
+    """Read some bars, in the order asked for: request and response."""
+    if rng.random() < 1 / 3:
+        return "Describe the chart.", f"{chart.facts()}."
+    bars = rng.permutation(list(chart.values)).tolist()[:rng.integers(1, 5)]
+    described = toy.Chart({bar: chart.values[bar] for bar in bars}).facts()
+    return f"Describe {', '.join(bars)}.", f"{described}."
+
+
+def question_lesson(chart: toy.Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """A question of a known kind in the toy's prompt, its response and answer."""
+    values = chart.values
+    asked = toy.ask(kind, values, *toy.two_bars(kind, values, rng))
+    question, goal, answer, bars, working = asked
+    read = [f"{bar} {values[bar]}" for bar in bars]
+    response = worded(rng, read, goal, working.format(**values), answer)
+    return PROMPT.format(question=question), response, answer
+
+
+def worded(rng: np.random.Generator, read: list[str], goal: str, working: str, answer: str) -> str:
+    """Reason from what was read to the answer, in one of the lessons' wordings."""
+    return WORDINGS[rng.integers(len(WORDINGS))].format(
+        seen=" and ".join(read), listed=", ".join(read), goal=goal, working=working, answer=answer)
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>",
+                  "<fake_token_around_image>", "<image>", "<global-img>"]
+WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along: decoding is joining
+
+
+def vocabulary() -> list[str]:
+    """All words of the toy's questions in their prompt, lessons and traces."""
+    texts = ["User:", "Assistant:", PROMPT.format(question=""), *toy.COLORS, *map(str, range(19))]
+    rows = [(e, reference_response(e)) for e in toy.make_examples("train", "high")[:50]]
+    for example, response in itertools.chain(rows, lessons(0, 500, 0.5)):
+        texts += [example.question, response]
+    words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
+    return SPECIAL_TOKENS + sorted(words)
+
+
+def build_model(seed: int, words: list[str]) -> Any:
+    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
+    # The default initializer_range of 0.02 is too small for such widths: some seeds never see.
+    both = {"num_attention_heads": 4, "initializer_range": 0.08}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # places in SPECIAL_TOKENS
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "image_size": 64, "patch_size": 16, **both}
+    text = {"model_type": "llama", "vocab_size": len(words), "hidden_size": 96,
+            "intermediate_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 4,
+            "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": True,
+            **both, **ids}
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True,
+        vision_config=vision, text_config=text, **ids), dtype=torch.float32)
+
+
+def build_processor(words: list[str]) -> Any:
+    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        eos_token="<end_of_utterance>", additional_special_tokens=SPECIAL_TOKENS[2:])
+    images = Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
+    template = (
+        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
+        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}")
+    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
+
 
 def new_policy(seed: int) -> Policy:
     """The tiny model with random weights, on the CPU."""
-    words = toy.vocabulary(dyme.PROMPT)
-    model, processor = toy.build_model(seed, words), toy.build_processor(words)
+    words = vocabulary()
+    model, processor = build_model(seed, words), build_processor(words)
     return fast.speed_up(dyme.make_policy(model, processor, torch.device("cpu")))
+
+
+# ---- Pre-training --------------------------------------------------------------------------------
 
 
 def teach(policy: Policy, lessons: Iterator[tuple[Example, str]], steps: int, batch: int,
@@ -54,17 +199,16 @@ def teach(policy: Policy, lessons: Iterator[tuple[Example, str]], steps: int, ba
         optimizer.zero_grad()
 
 
-def main(folder: Path, seed: int = SEED) -> None:
+def main(folder: Path | str = toy.BASE, seed: int | str = SEED) -> None:
     """Make the base and write it into a folder."""
-    policy = new_policy(seed)
+    policy = new_policy(int(seed))
     for i, (steps, lr, equal) in enumerate(ROUNDS):
-        lessons = toy.lessons(seed + 10 * i, BATCH * steps, FLAGGED, dyme.PROMPT, equal)
-        teach(policy, lessons, steps, BATCH, lr)
+        taught = lessons(int(seed) + 10 * i, BATCH * steps, FLAGGED, equal)
+        teach(policy, taught, steps, BATCH, lr)
     policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     print(f"wrote {folder}")
 
 
 if __name__ == "__main__":
-    folder, seed = [*sys.argv[1:], *[str(toy.BASE), str(SEED)][len(sys.argv) - 1:]]
-    sys.exit(runs.run_main(lambda: main(Path(folder), int(seed))))
+    sys.exit(runs.run_main(lambda: main(*sys.argv[1:])))

@@ -43,7 +43,7 @@ def test_toy_is_deterministic_and_splits_do_not_overlap() -> None:
 @pytest.mark.slow
 def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> None:
     facts = {e.facts for split in ("train", "val", "test") for e in toy.make_examples(split)}
-    lessons = [lesson for lesson, _ in toy.lessons(0, 3400, 0.0, dyme.PROMPT)]
+    lessons = [lesson for lesson, _ in make_toy_base.lessons(0, 3400, 0.0)]
     asked = [lesson.question for lesson in lessons]
     # Numbers are added and subtracted, bars never are.
     assert any(re.search("the sum of [1-9] and [1-9]", question) for question in asked)
@@ -66,7 +66,7 @@ def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> No
 @pytest.mark.parametrize("more, share", [(0.0, 1 / 9), (0.2, 0.2 + 0.8 / 9)])
 def test_a_share_of_calculations_is_of_equal_numbers(more: float, share: float) -> None:
     rng = np.random.default_rng(0)
-    asked = [toy.calculation_lesson(rng, more)[0] for _ in range(2000)]
+    asked = [make_toy_base.calculation_lesson(rng, more)[0] for _ in range(2000)]
     pairs = [re.findall(r"\d", question) for question in asked]
     assert sum(a == b for a, b in pairs) / 2000 == pytest.approx(share, abs=0.02)
 
@@ -77,7 +77,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
     assert sum(file.stat().st_size for file in toy.BASE.iterdir()) < 2.5e6
     assert torch.get_num_threads() == 1
     summary = thinking.summarise(dyme.respond(policy, examples[:100], 48, 100))
-    for kind in toy.KNOWN_KINDS:
+    for kind in make_toy_base.KNOWN_KINDS:
         assert summary[f"any_format_{kind}"] >= 0.95
     for kind in ("sum", "difference"):
         assert summary[f"any_format_{kind}"] <= 0.1

@@ -1,17 +1,14 @@
-"""The toy: bar charts with known values, questions about them, and a tiny VLM to answer them."""
+"""The toy: bar charts with known values, and questions about them."""
 
 import itertools
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from reward import FLAG, Example, reference_response
+from reward import Example
 from support import UserError
 
 BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the toy start from
@@ -171,141 +168,3 @@ def make_skills() -> list[Example]:
     examples += [Example("Describe the chart.", chart.facts(), chart.draw, source="describe")
                  for chart in charts]
     return [replace(e, name=f"toy skills row {i}") for i, e in enumerate(examples)]
-
-
-LESSONS = (
-    "I see {and}. Here {working}, so the result is {answer}.",
-    "To find the {goal}, look at {list}. Then {working}. It is {answer}.",
-    "The chart has {list}. As {working}, this gives {answer}.",
-    "Bars: {list}.\nWorking: {working}.\nResult: {answer}.",
-    "First look: {and}.\nThen think: {working}.\nSo {answer}.",
-    "Wanted: {goal}. The image has {list}; now {working}, hence {answer}.")
-KNOWN_KINDS = ("value", "tallest", "shortest")  # the lessons lack the others: sum, difference
-
-
-def lessons(seed: int, count: int, flagged: float, prompt: str, equal: float = 0.0
-            ) -> Iterator[tuple[Example, str]]:
-    """Yield rows (prompt, response) to pre-train a base on; the questions are put into `prompt`.
-
-    They read bars or calculate, never both, in other words than the traces; a share `flagged` has
-    the flag. No chart is one of the toy's own. In three of ten two bars are equally high, so that
-    the base can read such charts; the toy's own have none. Of the calculations a share `equal`
-    more is made to be of equal numbers.
-    """
-    rng = np.random.default_rng([3, seed])
-    reserved = {chart.facts() for chart in random_charts(1, sum(SPLITS["test"]))}
-    charts = random_charts([4, seed], count, reserved)
-    for chart, kind in zip(charts, itertools.cycle(KNOWN_KINDS), strict=False):
-        if rng.random() < 0.3:
-            a, b = rng.choice(list(chart.values), 2, replace=False).tolist()
-            chart.values[a] = chart.values[b]
-            extreme = max if kind == "tallest" else min
-            if chart.values[a] == extreme(chart.values.values()):
-                kind = "value"  # two bars are the tallest, or the shortest
-        task = rng.random()
-        if task < 0.3:
-            question, response, answer = calculation_lesson(rng, equal)
-        elif task < 0.51:
-            question, response, answer = *description_lesson(chart, rng), ""
-        else:
-            question, response, answer = question_lesson(chart, kind, rng)
-            question = prompt.format(question=question)
-        if answer and rng.random() < flagged:
-            response += f"\n{FLAG} {answer}"
-        yield Example(question, answer, chart.draw), response
-
-
-def calculation_lesson(rng: np.random.Generator, equal: float) -> tuple[str, str, str]:
-    """Arithmetic alone, the chart beside it ignored: request, response, result."""
-    a, b = (1 + rng.integers(9, size=2)).tolist()
-    if equal and rng.random() < equal:  # a share of 0 draws nothing: the first round stays itself
-        b = a
-    sign, what, result = "+", "sum", a + b
-    if rng.random() < 0.5:
-        a, b = max(a, b), min(a, b)
-        sign, what, result = "-", "difference", a - b
-    working, goal = f"{a} {sign} {b} = {result}", f"{what} of {a} and {b}"
-    if rng.random() < 0.5:
-        return f"Calculate {a} {sign} {b}.", f"{working}.", str(result)
-    parts = {"and": f"{a} and {b}", "list": f"{a}, {b}", "goal": goal, "working": working,
-             "answer": str(result)}
-    wording = LESSONS[rng.integers(len(LESSONS))]
-    return f"Calculate the {goal}.", wording.format(**parts), str(result)
-
-
-def description_lesson(chart: Chart, rng: np.random.Generator) -> tuple[str, str]:
-    """Read some bars, in the order asked for: request and response."""
-    if rng.random() < 1 / 3:
-        return "Describe the chart.", f"{chart.facts()}."
-    bars = rng.permutation(list(chart.values)).tolist()[:rng.integers(1, 5)]
-    described = Chart({bar: chart.values[bar] for bar in bars}).facts()
-    return f"Describe {', '.join(bars)}.", f"{described}."
-
-
-def question_lesson(chart: Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question of a known kind, reasoned through in one of the lessons' wordings."""
-    asked = ask(kind, chart.values, *two_bars(kind, chart.values, rng))
-    question, goal, answer, bars, working = asked
-    read = [f"{bar} {chart.values[bar]}" for bar in bars]
-    parts = {"and": " and ".join(read), "list": ", ".join(read), "goal": goal, "answer": answer,
-             "working": working.format(**chart.values)}
-    return question, LESSONS[rng.integers(len(LESSONS))].format(**parts), answer
-
-
-# ---- The toy's model: a tiny VLM of SmolVLM's architecture ---------------------------------------
-
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>",
-                  "<fake_token_around_image>", "<image>", "<global-img>"]
-WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along: decoding is joining
-
-
-def vocabulary(prompt: str) -> list[str]:
-    """All words of the toy's questions in `prompt`, lessons and traces."""
-    texts = ["User:", "Assistant:", prompt.format(question=""), *COLORS, *map(str, range(19))]
-    rows = [(e, reference_response(e)) for e in make_examples("train", "high")[:50]]
-    for example, response in itertools.chain(rows, lessons(0, 500, 0.5, prompt)):
-        texts += [example.question, response]
-    words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
-    return SPECIAL_TOKENS + sorted(words)
-
-
-def build_model(seed: int, words: list[str]) -> Any:
-    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    # The default initializer_range of 0.02 is too small for such widths: some seeds never see.
-    both = {"num_attention_heads": 4, "initializer_range": 0.08}
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # places in SPECIAL_TOKENS
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "image_size": 64, "patch_size": 16, **both}
-    text = {"model_type": "llama", "vocab_size": len(words), "hidden_size": 96,
-            "intermediate_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 4,
-            "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": True,
-            **both, **ids}
-    torch.manual_seed(seed)
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
-        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True,
-        vision_config=vision, text_config=text, **ids), dtype=torch.float32)
-
-
-def build_processor(words: list[str]) -> Any:
-    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.idefics3 import Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
-        eos_token="<end_of_utterance>", additional_special_tokens=SPECIAL_TOKENS[2:])
-    images = Idefics3ImageProcessorPil(
-        do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
-    template = (
-        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
-        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}")
-    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
