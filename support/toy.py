@@ -15,12 +15,15 @@ BASE = Path(__file__).with_name("toy_base")  # the weights that all runs of the 
 COLORS = {"red": "#d62728", "blue": "#1f4fc8", "green": "#2c962c", "orange": "#ff8c00",
           "purple": "#823cb4", "yellow": "#f0dc28", "cyan": "#28c8dc", "magenta": "#e63cbe"}
 SPLITS = {"train": (0, 2048), "val": (4096, 512), "test": (4608, 1024)}  # first chart, how many
-QUESTIONS = {  # kind: question, goal in a trace
-    "value": ("What is the value of {a}?", "value of {a}"),
-    "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}"),
-    "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}"),
-    "tallest": ("Which bar is the tallest?", "tallest bar"),
-    "shortest": ("Which bar is the shortest?", "shortest bar")}
+QUESTIONS = {  # kind: question, and for its trace goal and working
+    "value": ("What is the value of {a}?", "value of {a}", "{a} reads {{{a}}}"),
+    "sum": ("What is the sum of {a} and {b}?", "sum of {a} and {b}",
+            "{{{a}}} + {{{b}}} = {answer}"),
+    "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}",
+                   "{{{a}}} - {{{b}}} = {answer}"),
+    "tallest": ("Which bar is the tallest?", "tallest bar", "{answer} {{{answer}}} is the largest"),
+    "shortest": ("Which bar is the shortest?", "shortest bar",
+                 "{answer} {{{answer}}} is the smallest")}
 # The share of traces, by their quality, that quote values not in the image.
 UNGROUNDED = {"high": 0.0, "medium": 0.35, "low": 0.7}
 # What `--data toy:new` asks about; no lesson and no training row does.
@@ -70,14 +73,9 @@ def answer_to(kind: str, bars: list[str], values: dict[str, int]) -> str:
 
 def ask(kind: str, values: dict[str, int], a: str, b: str) -> tuple[str, str, str, list[str], str]:
     """Ask about a chart: (question, goal, answer, bars to look at, working with `{bar}` in it)."""
-    question, goal = (text.format(a=a, b=b) for text in QUESTIONS[kind])
     bars = {"value": [a], "sum": [a, b], "difference": [a, b]}.get(kind, list(values))
     answer = answer_to(kind, bars, values)
-    working = {"value": f"{a} reads {{{a}}}",
-               "sum": f"{{{a}}} + {{{b}}} = {answer}",
-               "difference": f"{{{a}}} - {{{b}}} = {answer}",
-               "tallest": f"{answer} {{{answer}}} is the largest",
-               "shortest": f"{answer} {{{answer}}} is the smallest"}[kind]
+    question, goal, working = (text.format(a=a, b=b, answer=answer) for text in QUESTIONS[kind])
     return question, goal, answer, bars, working
 
 
@@ -161,10 +159,8 @@ def new_question(kind: str, values: dict[str, int], rng: np.random.Generator) ->
 def make_skills() -> list[Example]:
     """What the base could do before training: 72 sums of two numbers, 128 charts to describe."""
     charts = random_charts(7, 200)
-    sums = [(f"Calculate {a} + {b}.", str(a + b), "calculate")
-            for a, b in itertools.permutations(range(1, 10), 2)]
-    examples = [Example(question, answer, next(charts).draw, source=source)
-                for question, answer, source in sums]
+    examples = [Example(f"Calculate {a} + {b}.", str(a + b), next(charts).draw, source="calculate")
+                for a, b in itertools.permutations(range(1, 10), 2)]
     examples += [Example("Describe the chart.", chart.facts(), chart.draw, source="describe")
                  for chart in charts]
     return [replace(e, name=f"toy skills row {i}") for i, e in enumerate(examples)]

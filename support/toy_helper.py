@@ -38,7 +38,7 @@ def toy_helper(text: str) -> str:
         r"the image: (.*)\nQuestion: (.*)\nRight answer: (.*)", text)
     values = {bar: int(value) for bar, value in re.findall(r"(\w+) (\d+)", facts)}
     bars = [word for word in re.findall(r"\w+", question) if word in values] + ["", ""]
-    kind = next(kind for kind, (asked, _) in toy.QUESTIONS.items()
+    kind = next(kind for kind, (asked, *_) in toy.QUESTIONS.items()
                 if asked.format(a=bars[0], b=bars[1]) == question)
     _, goal, _, bars, working = toy.ask(kind, values, *bars[:2])
     best = toy.trace(goal, bars, values, working, answer)
