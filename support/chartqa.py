@@ -15,7 +15,6 @@ from support import UserError, data, domains
 
 HUB = ("ahmed-masry/ChartQA", "ChartQA Dataset.zip")  # 875 MB
 REVISION = "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"
-Cell = tuple[str, str, str]  # of a chart's table: row, column, value
 
 
 def read(name: str, split: str, augmented: bool) -> data.Rows:
@@ -23,16 +22,16 @@ def read(name: str, split: str, augmented: bool) -> data.Rows:
     root = find(name)
     held_back = split != "test" and not (root / "val").is_dir()  # a tenth of train, by image
     part = root / ("train" if held_back else split)
-    examples, images, skipped = [], [], []
+    pairs, skipped = [], []
     for kind in ("human", "augmented") if augmented or part.name != "train" else ("human",):
         file = part / f"{part.name}_{kind}.json"
         if file.exists():
             make = functools.partial(chart_example, part, kind)
-            pairs, unusable = domains.read_usable(file, make)
-            images += [row["imgname"] for row, _ in pairs]
-            examples += [example for _, example in pairs]
+            found, unusable = domains.read_usable(file, make)
+            pairs += found
             skipped += unusable
-    return examples, images if held_back else [], skipped
+    images = [row["imgname"] for row, _ in pairs] if held_back else []
+    return [example for _, example in pairs], images, skipped
 
 
 def find(name: str) -> Any:
@@ -96,7 +95,7 @@ def chart_trace(table: list[list[str]], question: str, answer: str) -> str | Non
              for r in named([row[0] for row in rows], question) for c in named(columns, question)
              if rows[r][c + 1:] and rows[r][c + 1] not in ("", "-", "nan")]
     holding = [cell for cell in cells if any(reward.answers_match(part, answer) for part in cell)]
-    chosen = (holding + [cell for cell in cells if cell not in holding])[:8]
+    chosen = sorted(cells, key=lambda cell: cell not in holding)[:8]
     cells = [cell for cell in cells if cell in chosen]
     if not cells:
         return None
@@ -110,14 +109,13 @@ def chart_trace(table: list[list[str]], question: str, answer: str) -> str | Non
             f"Reasoning: {reasoning}\nConclusion: The answer is {answer}.")
 
 
-def explain(cells: list[Cell], question: str, answer: str) -> str:
-    """Say how the answer follows from the cells: one arithmetic step, or compared."""
-    number = reward.parse_number(answer)
-    wanted = math.nan if number is None else number
+def explain(cells: list[tuple[str, str, str]], question: str, answer: str) -> str:
+    """How the answer follows from cells (row, column, value): one arithmetic step, or compared."""
+    wanted = reward.parse_number(answer)
     numbers = [(text.rstrip("%"), value) for _, _, text in cells
                if (value := reward.parse_number(text)) is not None]
     # Without a cue in the question, arithmetic that fits is mostly a coincidence.
-    cued = numbers and re.search(
+    cued = numbers and wanted is not None and re.search(
         "sum|total|add|differ|average|mean|median|ratio|times|divid|more|less|change|combined|"
         "together|increase|decrease|higher|lower|gap|subtract", question.lower())
     for group in (numbers, *itertools.permutations(numbers, 2)) if cued else ():

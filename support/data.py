@@ -116,11 +116,9 @@ def read_text(file: Any, errors: str = "strict") -> str:
 
 def parse_json(text: str) -> Any:
     """What a JSON text holds; half a character, which no tokenizer takes, becomes U+FFFD."""
-    found = json.loads(text)
-    if "\\ud" in text.lower():  # where pairs are joined, only halves are left
-        whole = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(found, ensure_ascii=False))
-        return json.loads(whole)
-    return found
+    # Written again, pairs are joined: only halves are left.
+    text = json.dumps(json.loads(text), ensure_ascii=False)
+    return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
 
 
 def parse_rows(file: Any) -> list[tuple[str, Any]]:

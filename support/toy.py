@@ -141,8 +141,6 @@ def new_question(kind: str, values: dict[str, int], rng: np.random.Generator) ->
     what = kind.rpartition("_")[2]
     if kind.startswith("equal"):
         values = values | {a: values[b]}
-    if what == "difference" and values[a] < values[b]:
-        a, b = b, a
     question, _, answer, *_ = ask(what, values, a, b)
     if kind == "three_sum":
         question = f"What is the sum of {a}, {b} and {c}?"
