@@ -138,14 +138,13 @@ def make_new(each: int = 128) -> list[Example]:
 def new_question(kind: str, values: dict[str, int], rng: np.random.Generator) -> Example | None:
     """A question of a kind of `NEW` about a chart, or None where there is none."""
     a, b, c = rng.choice(list(values), 3, replace=False).tolist()
-    what = kind.rpartition("_")[2]
     if kind.startswith("equal"):
         values = values | {a: values[b]}
-    question, _, answer, *_ = ask(what, values, a, b)
-    if kind == "three_sum":
+        question, _, answer, *_ = ask(kind.removeprefix("equal_"), values, a, b)
+    elif kind == "three_sum":
         question = f"What is the sum of {a}, {b} and {c}?"
         answer = str(values[a] + values[b] + values[c])
-    if kind == "extremes_sum":
+    else:
         question = "What is the sum of the tallest and the shortest?"
         answer = str(max(values.values()) + min(values.values()))
     chart = Chart(values)
