@@ -16,8 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
-from transformers.models.idefics3 import Idefics3Processor
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3 import Idefics3ImageProcessorPil, Idefics3Processor
 
 import dyme
 from dyme import PROMPT, Policy, Sequence
@@ -82,10 +81,11 @@ def calculation_lesson(rng: np.random.Generator, equal: float) -> tuple[str, str
     if rng.random() < 0.5:
         a, b = max(a, b), min(a, b)
         sign, what, result = "-", "difference", a - b
-    working, goal, answer = f"{a} {sign} {b} = {result}", f"{what} of {a} and {b}", str(result)
+    goal, working, answer = f"{what} of {a} and {b}", f"{a} {sign} {b} = {result}", str(result)
     if rng.random() < 0.5:
         return f"Calculate {a} {sign} {b}.", f"{working}.", answer
-    return f"Calculate the {goal}.", worded(rng, [str(a), str(b)], goal, working, answer), answer
+    response = worded(rng, [str(a), str(b)], goal, working, answer)
+    return f"Calculate the {goal}.", response, answer
 
 
 def description_lesson(chart: toy.Chart, rng: np.random.Generator) -> tuple[str, str]:
@@ -99,18 +99,18 @@ def description_lesson(chart: toy.Chart, rng: np.random.Generator) -> tuple[str,
 
 def question_lesson(chart: toy.Chart, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
     """A question of a known kind in the toy's prompt, its response and answer."""
-    values = chart.values
-    asked = toy.ask(kind, values, *toy.two_bars(kind, values, rng))
+    asked = toy.ask(kind, chart.values, *toy.two_bars(kind, chart.values, rng))
     question, goal, answer, bars, working = asked
-    read = [f"{bar} {values[bar]}" for bar in bars]
-    response = worded(rng, read, goal, working.format(**values), answer)
+    read = [f"{bar} {chart.values[bar]}" for bar in bars]
+    response = worded(rng, read, goal, working.format(**chart.values), answer)
     return PROMPT.format(question=question), response, answer
 
 
 def worded(rng: np.random.Generator, read: list[str], goal: str, working: str, answer: str) -> str:
     """Reason from what was read to the answer, in one of the lessons' wordings."""
-    return WORDINGS[rng.integers(len(WORDINGS))].format(
-        seen=" and ".join(read), listed=", ".join(read), goal=goal, working=working, answer=answer)
+    wording = WORDINGS[rng.integers(len(WORDINGS))]
+    return wording.format(seen=" and ".join(read), listed=", ".join(read), goal=goal,
+                          working=working, answer=answer)
 
 
 # ---- The model -----------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ QUESTIONS = {  # kind: question, and for its trace goal and working
             "{{{a}}} + {{{b}}} = {answer}"),
     "difference": ("How much taller is {a} than {b}?", "difference of {a} and {b}",
                    "{{{a}}} - {{{b}}} = {answer}"),
-    "tallest": ("Which bar is the tallest?", "tallest bar", "{answer} {{{answer}}} is the largest"),
+    "tallest": ("Which bar is the tallest?", "tallest bar",
+                "{answer} {{{answer}}} is the largest"),
     "shortest": ("Which bar is the shortest?", "shortest bar",
                  "{answer} {{{answer}}} is the smallest")}
 # The share of traces, by their quality, that quote values not in the image.
