@@ -124,7 +124,7 @@ EXTRAS = {"helper_url": "full_dyme", "switch": "ablations", "released_code": "ab
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the flags, over a preset by data, or over the settings of the run to resume."""
     given = settings.read_flags(Config, __doc__, argv)
-    preset = given.get("data", Config.data)
+    preset = given.get("data", Config.data).partition(":")[0]
     preset = preset if preset in LEARNING_RATES else "real"
     defaults = PRESETS.get(preset, {}) | settings.implied(given)
     cfg = Config(**(defaults | given))

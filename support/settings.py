@@ -184,7 +184,7 @@ def check(cfg: Config, models: Iterable[str]) -> None:
         f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)":
             cfg.beta and cfg.mode not in ("grpo", "two-stage"),
         f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M":
-            cfg.model == "tiny" and cfg.data != "toy",
+            cfg.model == "tiny" and cfg.data.partition(":")[0] != "toy",
     }
     for message, wrong in refused.items():
         if wrong:

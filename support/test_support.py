@@ -71,6 +71,17 @@ def test_a_share_of_calculations_is_of_equal_numbers(more: float, share: float) 
     assert sum(a == b for a, b in pairs) / 2000 == pytest.approx(share, abs=0.02)
 
 
+def test_in_a_share_of_calculations_a_number_is_only_carried_on() -> None:
+    found = [(e.question, response) for e, response in make_toy_base.lessons(0, 1000, 0.0, 0.2, 0.4)
+             if e.question.startswith("Calculate")]
+    carried = [(question[10:-1], response) for question, response in found
+               if re.fullmatch(r"Calculate \d+\.", question)]
+    assert len(carried) / len(found) == pytest.approx(0.4, abs=0.06)
+    assert {number for number, _ in carried} == {str(i) for i in range(19)}
+    for number, response in carried:
+        assert set(re.findall(r"\d+", response)) == {number}
+
+
 @pytest.mark.slow
 def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Example]) -> None:
     policy = dyme.load_policy("tiny", CPU)
@@ -86,7 +97,7 @@ def test_the_base_sees_and_calculates_but_lacks_two_skills(examples: list[Exampl
 
 @pytest.mark.slow
 def test_a_base_can_be_made_from_its_recipe(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(make_toy_base, "ROUNDS", ((3, 3e-3, 0.0), (2, 1e-3, 0.2)))
+    monkeypatch.setattr(make_toy_base, "ROUNDS", ((3, 3e-3, 0.0, 0.0), (2, 1e-3, 0.2, 0.5)))
     monkeypatch.setattr(make_toy_base, "BATCH", 8)
     for name in "ab":
         make_toy_base.main(tmp_path / name)
@@ -124,13 +135,36 @@ def test_new_combinations_count_in_figures_of_their_own() -> None:
             len(data.held_out("sums", [rows[0]] * 80, 64))] == [80, 64]
 
 
+def test_withheld_pairs_are_in_no_row_of_training_and_of_kinds_of_their_own_elsewhere() -> None:
+    def pair(text: str, example: Example) -> tuple[int, ...]:
+        values = dict(part.split() for part in text.split(", "))
+        return tuple(sorted(int(values[bar]) for bar in values if bar in example.question))
+
+    def told(example: Example) -> str:  # the observation of its trace
+        return (example.trace or "").split("Observation: ")[1].split(".")[0]
+
+    train, test = (toy.load("toy:withheld", split, "low") for split in ("train", "test"))
+    two = [e for e in train if e.source in ("sum", "difference")]
+    seen = {pair(text, e) for e in two for text in (e.facts, told(e))}
+    out = {pair(e.facts, e) for e in test if e.source.startswith("withheld")}
+    others = {pair(e.facts, e) for e in test if e.source in ("sum", "difference")}
+    assert (len(out), len(seen), len(others)) == (12, 24, 24)
+    assert not out & seen
+    assert not out & others
+    every = toy.make_examples("train", "low")
+    assert {e.name for e in every} - {e.name for e in train} == {
+        e.name for e in every if e.source in ("sum", "difference")
+        and {pair(e.facts, e), pair(told(e), e)} & out}
+    assert [e.question for e in test] == [e.question for e in toy.make_examples("test")]
+
+
 @pytest.mark.slow
 def test_the_base_has_the_skills_that_the_toy_builds_on() -> None:
     rows = toy.load("toy:skills", "test", "low")
     judged = dyme.respond(dyme.load_policy("tiny", CPU), rows, 48, 64, prompt="{question}")
     assert Counter(row["source"] for row in judged if row["any_format"]) == {
         "calculate": 72, "describe": 128}
-    with pytest.raises(UserError, match="toy:new and toy:skills are for eval.py alone"):
+    with pytest.raises(UserError, match="give toy or toy:withheld; toy:new and toy:skills are"):
         toy.load("toy:skills", "train", "low")
 
 
