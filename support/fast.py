@@ -269,51 +269,28 @@ def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
 def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: list[int],
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor]:
     """`dyme.sequence_logprobs`, with sequences packed end to end after their prompt."""
-    temperatures = torch.tensor([temperature if s.explore else 1.0 for s in sequences])  # (N,)
+    device, targets = policy.device, [s.ids for s in sequences]
+    # Attention grows with the square of a row's length: it is kept no longer than the prompt.
+    limit = inputs["input_ids"].shape[1]
+    row_prompts, rows, state_row, state_column = pack(prompts, targets, limit)
+    packed = [torch.tensor(row, dtype=torch.long).view(len(row), 3) for row in rows]
+    ids, offsets, owner = pad_sequence(packed, batch_first=True).to(device).unbind(2)  # (R, Q) each
+    predicted = torch.tensor([*itertools.chain(*targets)], device=device)  # (M,)
+    at = torch.tensor([temperature if s.explore else 1.0 for s in sequences for _ in s.ids])  # (M,)
+
     with policy.autocast():
-        return packed_logprobs(model, inputs, prompts, [s.ids for s in sequences], temperatures)
-
-
-def packed_logprobs(model: Model, inputs: Inputs, prompts: list[int], sequences: list[list[int]],
-                    temperature: Tensor, limit: int = 0) -> tuple[Tensor, Tensor]:
-    """Log-probs and mask, (N, T), of N sequences of ids at `temperature: (N,)`.
-
-    R rows of Q tokens hold them; each token sees its prompt and its own sequence so far, not its
-    neighbours. A row holds up to `limit` tokens (0: as many as a prompt has).
-    """
-    device, lengths = inputs["input_ids"].device, torch.tensor([len(ids) for ids in sequences])
-    limit = limit or inputs["input_ids"].shape[1]
-    # Nothing is predicted from a sequence's last token, so it is left out of the input.
-    row_prompts, rows, starts = pack(prompts, (lengths - 1).tolist(), limit)
-    prefix = dyme.encode_prefix(model, inputs, torch.tensor(row_prompts, device=device))  # batch R
-
-    Q = max(start + len(ids) - 1 for start, ids in zip(starts, sequences, strict=True))
-    tokens = torch.zeros(len(row_prompts), Q, dtype=torch.long)
-    offsets = torch.zeros_like(tokens)  # a token's distance from the end of its prompt
-    owner = torch.full_like(tokens, -1)  # the sequence that a token belongs to; -1 is padding
-    # Where the state that predicts each of the M tokens will be found.
-    state_row, state_column = [], []
-    for n, ids in enumerate(sequences):
-        row, start, fed = rows[n], starts[n], len(ids) - 1
-        tokens[row, start:start + fed] = torch.tensor(ids[:-1], dtype=torch.long)
-        offsets[row, start:start + fed] = torch.arange(fed)
-        owner[row, start:start + fed] = n
-        # Column 0 holds the prompt's last state, which predicts token 0. Token t is predicted by
-        # the state of token t - 1, which stands in column start + t.
-        state_row += [row] * len(ids)
-        state_column += [0, *range(start + 1, start + len(ids))]
-
-    states = prefix.hidden[:, None]  # (R, 1, D)
-    if Q:
-        visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
-        new = extend(model, prefix, tokens.to(device), offsets.to(device), visible.to(device))
-        states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
-    predicted = torch.tensor([*itertools.chain(*sequences)], device=device)  # (M,)
-    temperatures = temperature.repeat_interleave(lengths).to(device)  # (M,)
-    logprobs = token_logprobs(model, states[state_row, state_column], predicted, temperatures)
-    padded = pad_sequence(logprobs.split(lengths.tolist()), batch_first=True)  # (N, T)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return padded, mask.long().to(device)
+        prefix = dyme.encode_prefix(model, inputs, torch.tensor(row_prompts, device=device))
+        states = prefix.hidden[:, None]  # (R, 1, D)
+        if ids.shape[1]:
+            # A token sees its prompt and its own sequence so far, not its neighbours.
+            visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
+            new = extend(model, prefix, ids, offsets, visible)
+            states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
+        chosen = states[state_row, state_column]  # (M, D)
+        logprobs = token_logprobs(model, chosen, predicted, at.to(device))
+    lengths = [len(ids) for ids in targets]
+    mask = pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    return pad_sequence(logprobs.split(lengths), batch_first=True), mask.to(device)  # (N, T) each
 
 
 def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tensor,
@@ -333,23 +310,28 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
     return torch.cat([again(*piece) for piece in pieces])
 
 
-def pack(prompts: list[int], lengths: list[int], limit: int) -> tuple[list[int], ...]:
-    """Lay sequences that continue `prompts` end to end, in rows of up to `limit` tokens.
+def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[list, ...]:
+    """Lay sequences of ids that continue `prompts` end to end, in rows of up to `limit` tokens.
 
-    Returns the prompt of every row, and the row and the start of every sequence.
+    Returns the prompt of every row; its tokens, as id, distance from the prompt's end, and owner
+    (from 1 on: 0 is padding); and row and column of the state that predicts each of the M tokens.
     """
-    # So nothing is padded to the longest sequence, and sequences share a copy of their prompt. But
-    # attention grows with the square of a row's length: it is kept no longer than the prompt.
+    # So nothing is padded to the longest sequence, and sequences share a copy of their prompt.
     row_prompts: list[int] = []
-    rows, starts, used = [], [], 0
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if not row_prompts or row_prompts[-1] != prompt or used + length > limit:
+    rows: list[list[tuple[int, int, int]]] = []
+    state_row, state_column = [], []
+    for n, (prompt, ids) in enumerate(zip(prompts, sequences, strict=True), 1):
+        fed = ids[:-1]  # nothing is predicted from a sequence's last token
+        if not rows or row_prompts[-1] != prompt or len(rows[-1]) + len(fed) > limit:
             row_prompts.append(prompt)
-            used = 0
-        rows.append(len(row_prompts) - 1)
-        starts.append(used)
-        used += length
-    return row_prompts, rows, starts
+            rows.append([])
+        # Column 0 holds the prompt's last state, which predicts token 0. Token t is predicted by
+        # the state of token t - 1, which stands in column start + t.
+        start = len(rows[-1])
+        state_row += [len(rows) - 1] * len(ids)
+        state_column += [0, *range(start + 1, start + len(ids))]
+        rows[-1] += [(token, t, n) for t, token in enumerate(fed)]
+    return row_prompts, rows, state_row, state_column
 
 
 # ---- Attention: query heads that share keys and values, with a mask, without copies --------------

@@ -95,15 +95,16 @@ def test_the_loss_and_its_gradient_are_the_plain_ones(kind: str, micro_batch: in
 
 @pytest.mark.parametrize("limit", [1024, 5, 0])  # a prompt's sequences in one row, or several
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_log_probs_and_their_gradients_are_the_plain_ones(kind: str, limit: int) -> None:
+def test_packed_log_probs_and_their_gradients_are_the_plain_ones(
+        kind: str, limit: int, monkeypatch: Patch) -> None:
     ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3)).tolist()
-    owners, lengths, results = [0, 0, 1, 1, 1], [6, 1, 4, 3, 6], []
+    owners, lengths, results, pack = [0, 0, 1, 1, 1], [6, 1, 4, 3, 6], [], fast.pack
     sequences = [Sequence(0, row[:n], 0, True) for row, n in zip(ids, lengths, strict=True)]
+    monkeypatch.setattr(fast, "pack", lambda *args: pack(*args[:2], limit or args[2]))
     plain, faster = both(kind)
     inputs = pad_batch(make_prompts(kind)[:2])
     expected, mask = dyme.sequence_logprobs(plain, plain.model, inputs, owners, sequences, 0.7)
-    ours, our_mask = fast.packed_logprobs(
-        faster.model, inputs, owners, [s.ids for s in sequences], torch.full((5,), 0.7), limit)
+    ours, our_mask = fast.sequence_logprobs(faster, faster.model, inputs, owners, sequences, 0.7)
     assert torch.equal(mask, our_mask)
     assert mask.sum(1).tolist() == lengths
     for policy, logprobs in ((plain, expected), (faster, ours)):
@@ -114,8 +115,15 @@ def test_packed_log_probs_and_their_gradients_are_the_plain_ones(kind: str, limi
 
 
 def test_packing_by_hand() -> None:
-    assert fast.pack([0, 0, 0, 2], [3, 2, 3, 0], limit=5) == ([0, 0, 2], [0, 0, 1, 2], [0, 3, 0, 0])
-    assert fast.pack([1, 1], [9, 9], limit=5) == ([1, 1], [0, 1], [0, 0])  # too long for any row
+    sequences = [[11, 12, 13, 14], [21, 22, 23], [31, 32, 33, 34], [41]]
+    row_prompts, rows, state_row, state_column = fast.pack([0, 0, 0, 2], sequences, limit=5)
+    assert row_prompts == [0, 0, 2]
+    assert rows == [[(11, 0, 1), (12, 1, 1), (13, 2, 1), (21, 0, 2), (22, 1, 2)],
+                    [(31, 0, 3), (32, 1, 3), (33, 2, 3)], []]  # last tokens are not fed
+    assert state_row == [0] * 7 + [1] * 4 + [2]
+    assert state_column == [0, 1, 2, 3, 0, 4, 5, 0, 1, 2, 3, 0]
+    long = [[*range(10)], [*range(10)]]
+    assert [len(row) for row in fast.pack([1, 1], long, limit=5)[1]] == [9, 9]  # too long for any
 
 
 def test_chunked_log_probs_and_their_gradients_are_those_of_one_chunk(tiny: Policy) -> None:
