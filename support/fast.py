@@ -107,34 +107,8 @@ def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, K: int,
     with torch.no_grad(), policy.autocast():
         prefixes = [dyme.encode_prefix(model, x) for x in inputs]
         with packed_weights(model, len(uniforms)):
-            samples = sample(model, prefixes, uniforms, policy.end_ids, policy.pad_id, temperature)
+            samples = Decoder(policy, prefixes, uniforms, temperature).sample()
     return dyme.decode(policy, samples)
-
-
-@torch.no_grad()
-def sample(model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int], pad_id: int,
-           temperature: float) -> Samples:
-    """Sample K = N / P responses to each of P prompts; `uniforms: (N, T)`. Uses up the prefixes."""
-    decoder = Decoder(model, prefixes, uniforms, end_ids, pad_id, temperature)
-    step, on_cuda = decoder.step, uniforms.is_cuda
-    block = 128 if on_cuda else 1  # tokens by which attention is widened at a time
-    logits = dyme.next_logits(model, decoder.prefix.hidden)  # (P, V)
-    decoder.choose(logits.repeat_interleave(decoder.K, 0))  # the prompt predicts the first token
-    for i in range(1, uniforms.shape[1]):
-        # Asking whether all have ended makes the CPU wait for the GPU: there only every 16 tokens.
-        if (i % 16 == 1 or not on_cuda) and not decoder.alive.any():
-            break
-        if i % 16 == 1 and not on_cuda:  # a CUDA graph is bound to its shapes
-            decoder.leave_out_finished()
-        widens = (i - 1) % block == 0
-        if widens:
-            decoder.widen(i - 1 + block)
-        # A graph is bound to its shapes: one for each width. The first two steps run plainly: they
-        # warm up, and cast the weights.
-        if on_cuda and (i == 3 or (widens and i > 3)):
-            step = capture(model, decoder.step)
-        step()
-    return decoder.samples()
 
 
 class Decoder:
@@ -143,14 +117,15 @@ class Decoder:
     Every buffer is written in place, so that a step can be recorded as a CUDA graph.
     """
 
-    def __init__(self, model: Model, prefixes: list[Prefix], uniforms: Tensor, end_ids: list[int],
-                 pad_id: int, temperature: float) -> None:
+    def __init__(self, policy: Policy, prefixes: list[Prefix], uniforms: Tensor,
+                 temperature: float) -> None:
+        """Start from the prompts; uses up the prefixes."""
         (N, T), device = uniforms.shape, uniforms.device
         self.P = sum(len(prefix.mask) for prefix in prefixes)
         self.K = N // self.P
-        self.model, self.uniforms = model, uniforms
-        self.temperature, self.pad_id = temperature, pad_id
-        self.end_ids = torch.tensor(end_ids, dtype=torch.long, device=device)
+        self.model, self.pad_id = policy.model, policy.pad_id
+        self.end_ids = torch.tensor(policy.end_ids, dtype=torch.long, device=device)
+        self.uniforms, self.temperature = uniforms, temperature
 
         # Token `t` of every response is the newest. Response k keeps its token t in column
         # t K + k after the longest prompt. The last token is never fed back, hence T - 1.
@@ -162,13 +137,31 @@ class Decoder:
         self.slots = self.longest + first  # where the cache keeps token t
         self.prefix = merge(prefixes, len(self.columns), self.slots)
 
-        self.ids = torch.full((N, T), pad_id, device=device)
+        self.ids = torch.full((N, T), self.pad_id, device=device)
         self.entropy = torch.zeros(N, T, device=device)
         self.rows = torch.arange(N, device=device)  # the responses that are still sampled
         self.alive = torch.ones(N, dtype=torch.bool, device=device)  # of these
 
-    def samples(self) -> Samples:
-        """All N responses so far, as many tokens as the longest has."""
+    def sample(self) -> Samples:
+        """Sample until all have ended: as many tokens as the longest response has."""
+        step, on_cuda = self.step, self.uniforms.is_cuda
+        block = 128 if on_cuda else 1  # tokens by which attention is widened at a time
+        logits = dyme.next_logits(self.model, self.prefix.hidden)  # (P, V)
+        self.choose(logits.repeat_interleave(self.K, 0))  # the prompt predicts the first token
+        for i in range(1, self.uniforms.shape[1]):
+            # Asking whether all have ended makes the CPU wait for the GPU: there every 16 tokens.
+            if (i % 16 == 1 or not on_cuda) and not self.alive.any():
+                break
+            if i % 16 == 1 and not on_cuda:  # a CUDA graph is bound to its shapes
+                self.leave_out_finished()
+            widens = (i - 1) % block == 0
+            if widens:
+                self.widen(i - 1 + block)
+            # A graph is bound to its shapes: one for each width. The first two steps run plainly:
+            # they warm up, and cast the weights.
+            if on_cuda and (i == 3 or (widens and i > 3)):
+                step = capture(self.model, self.step)
+            step()
         ends = torch.isin(self.ids, self.end_ids).long()
         mask = (ends.cumsum(1) == ends).long()  # up to the first end token
         T = int(mask.sum(1).max())
@@ -241,10 +234,17 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
     Uses the given ones up: a layer's copy is freed before the next layer's is made.
     """
     longest = max(prefix.mask.shape[1] for prefix in prefixes)
+
+    def join(parts: list[Tensor]) -> Tensor:
+        """Pad `parts`, (P_i, G, L_i, D) each, and join them to (P, G, longest + room, D)."""
+        # Keys come in float32 (from the rotary embedding), values in half precision.
+        padded = [F.pad(in_precision(x), (0, 0, longest - x.shape[2], room)) for x in parts]
+        return torch.cat(padded)
+
     layers = []
     for same_layer in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):
-        keys = join([layer.keys for layer in same_layer], longest, room)
-        values = join([layer.values for layer in same_layer], longest, room)
+        keys = join([layer.keys for layer in same_layer])
+        values = join([layer.values for layer in same_layer])
         layers.append(Slots(keys, values, slots))
         for layer in same_layer:
             layer.keys = layer.values = None
@@ -253,14 +253,6 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
     hidden = torch.cat([prefix.hidden for prefix in prefixes])
     position = torch.cat([prefix.position for prefix in prefixes], dim=-2)
     return Prefix(Cache(layers=layers), hidden, torch.cat(masks), position)
-
-
-def join(parts: list[Tensor], longest: int, room: int) -> Tensor:
-    """Pad `parts`, (P_i, G, L_i, D) each, and join them to (P, G, longest + room, D)."""
-    padded = []
-    for part in parts:  # keys come in float32 (from the rotary embedding), values in half precision
-        padded.append(F.pad(in_precision(part), (0, 0, longest - part.shape[2], room)))
-    return torch.cat(padded)
 
 
 # ---- Log-probs -----------------------------------------------------------------------------------

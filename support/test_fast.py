@@ -226,7 +226,8 @@ def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Exampl
 
 def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
         tiny: Policy, examples: list[Example]) -> None:
-    policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
+    policy = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model), end_ids=[-1])
+    policy = fast.speed_up(policy)
     batches = [dyme.encode_prompts(policy, examples[i:i + 2], room=8) for i in (0, 2)]
     with torch.no_grad():
         prefixes = [dyme.encode_prefix(policy.model, batch) for batch in batches]
@@ -235,7 +236,7 @@ def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
     policy.model.base_model.register_forward_pre_hook(
         lambda *_: alive.append(sum(copy() is not None for copy in copies)))
     with torch.no_grad():
-        fast.sample(policy.model, prefixes, torch.rand(8, 8), [-1], 0, 1.0)
+        fast.Decoder(policy, prefixes, torch.rand(8, 8), 1.0).sample()
     assert len(copies) == 12
     assert alive == [0] * 7
 
@@ -736,14 +737,15 @@ def test_decoding_and_the_update_ask_the_device_nothing(kind: str, monkeypatch: 
 
     model, device = policy.model.to("meta"), torch.device("meta")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta
-    decoder = fast.Decoder(model, moved(), torch.rand(6, 9, device=device), [2, 3], 0, 0.7)
+    policy = dataclasses.replace(policy, end_ids=[2, 3], device=device)
+    decoder = fast.Decoder(policy, moved(), torch.rand(6, 9, device=device), 0.7)
     decoder.widen(8)
     decoder.choose(torch.rand(6, model.config.get_text_config().vocab_size, device=device))
     for _ in range(8):
         decoder.step()
     assert decoder.ids.is_meta
     inputs = {"input_ids": prompts[0]["input_ids"].to(device)}
-    policy, sequences = dataclasses.replace(policy, device=device), [Sequence(0, [5] * 7, 1, True)]
+    sequences = [Sequence(0, [5] * 7, 1, True)]
     for logprobs_of in (dyme.sequence_logprobs, fast.sequence_logprobs):
         start = moved()[0]
         monkeypatch.setattr(dyme, "encode_prefix", lambda *_, start=start: start)
