@@ -482,10 +482,9 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
 
 def use_onednn(model: Model, least: float = parallel.TINY) -> None:
     """Let linear layers multiply by oneDNN on an x86 processor, if there are `least` weights."""
-    large = sum(p.numel() for p in model.parameters()) >= least  # the toy keeps its rounding
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    if large and on_cpu and x86:
+    large = model.num_parameters() >= least  # the toy keeps its rounding
+    if x86 and large and model.device.type == "cpu":
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = Linear
@@ -521,24 +520,21 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., D)` to (..., W)."""
-        if x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
-            return super().forward(x)
         if self.packed is not None:
-            x = in_precision(x)
-            return torch.ops.mkldnn._linear_pointwise(x, *self.packed, "none", [], "")
-        if torch.is_autocast_enabled("cpu") or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return product(in_precision(x), *self.packed)
+        float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not float32 or torch.backends.cpu.get_cpu_capability() != "AVX512" or x.numel() == 0:
             return super().forward(x)
-        y = Product.apply(x.reshape(-1, self.in_features), self.weight)
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = Product.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class Product(torch.autograd.Function):
-    """x w^T of `x: (M, D)` and `w: (W, D)`, with its gradients g w and g^T x."""
+    """x w^T of `x: (..., D)` and `w: (W, D)`, with its gradients g w and g^T x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        """The product, (M, W)."""
+        """The product, (..., W)."""
         ctx.save_for_backward(x, w)
         return product(x, w)
 
@@ -548,10 +544,11 @@ class Product(torch.autograd.Function):
         """The gradients of x and w."""
         x, w = ctx.saved_tensors
         of_x = product(g, w.t()) if ctx.needs_input_grad[0] else None
-        of_w = product(g.t(), x.t()) if ctx.needs_input_grad[1] else None
+        rows_g, rows_x = g.reshape(-1, len(w)), x.reshape(-1, w.shape[1])
+        of_w = product(rows_g.t(), rows_x.t()) if ctx.needs_input_grad[1] else None
         return of_x, of_w
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T of `a: (M, D)` and `b: (N, D)`, (M, N); needs no contiguous memory."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T of `a: (..., D)` and `b: (N, D)`, (..., N), by oneDNN; needs no contiguous memory."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
