@@ -86,8 +86,7 @@ def extend(model: Model, prefix: Prefix, ids: Tensor, offsets: Tensor, visible: 
     They stand at `offsets: (P, Q)` from the prompt's end. Each sees its prompt and, of the Q'
     response tokens in the cache by then, those that `visible: (P, Q, Q')` marks: its own response.
     """
-    # So K responses share one copy of their prompt's keys and values, when sampling and in the
-    # update. Repeating the prompt K times would take K times its memory and time.
+    # So K responses share one copy of their prompt; K would take K times its memory and time.
     prompt = prefix.mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # (P, 1, Q, L)
     visible = torch.cat([prompt, visible[:, None]], dim=3)  # (P, 1, Q, L + Q')
     mask = additive_mask(visible, model.config.get_text_config(), prefix.hidden.dtype)
@@ -229,10 +228,7 @@ class Slots(DynamicLayer):
 
 
 def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
-    """Put prompts of several micro-batches side by side, with `room` for new tokens.
-
-    Uses the given ones up: a layer's copy is freed before the next layer's is made.
-    """
+    """Put prompts of all micro-batches side by side, with `room` for new tokens; uses them up."""
     longest = max(prefix.mask.shape[1] for prefix in prefixes)
 
     def join(parts: list[Tensor]) -> Tensor:
@@ -246,7 +242,7 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
         keys = join([layer.keys for layer in same_layer])
         values = join([layer.values for layer in same_layer])
         layers.append(Slots(keys, values, slots))
-        for layer in same_layer:
+        for layer in same_layer:  # freed before the next layer's copy is made
             layer.keys = layer.values = None
     # Padding is on the left.
     masks = [F.pad(prefix.mask, (longest - prefix.mask.shape[1], 0)) for prefix in prefixes]
@@ -346,11 +342,10 @@ def use_grouped_attention(model: Model) -> None:
 def grouped_attention(module: Model, query: Tensor, key: Tensor, value: Tensor,
                       mask: Tensor | None, scaling: float | None = None,
                       **kwargs: Any) -> tuple[Tensor, None]:
-    """softmax(q k^T scaling + mask) v, (B, Q, H, D).
+    """softmax(q k^T scaling + mask) v, (B, Q, H, D), of q (B, H, Q, D), k and v (B, G, S, D).
 
-    `query: (B, H, Q, D)`, `key, value: (B, G, S, D)`. Heads h H/G to (h + 1) H/G - 1 share the keys
-    of group h: they are treated as H/G times Q queries of one head, for which the mask,
-    (B, 1, H/G Q, S) from `additive_mask`, has a row each.
+    The H/G heads of a group share its keys: they are treated as H/G times Q queries of one head,
+    for which the mask, (B, 1, H/G Q, S) from `additive_mask`, has a row each.
     """
     if mask is None:  # causal, which the kernels know by themselves, groups included
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
@@ -385,11 +380,8 @@ def grouped_mask(*args: Any, config: Any, dtype: torch.dtype = torch.float32,
 
 
 def additive_mask(visible: Tensor, config: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What to add to scores, (B, 1, H/G Q, S): 0 where `visible: (B, 1, Q, S)`, else the lowest.
-
-    Made once for all layers: from a mask of booleans each layer would make its own, and keep it
-    for the backward pass.
-    """
+    """What to add to scores, (B, 1, H/G Q, S): 0 where `visible: (B, 1, Q, S)`, else the lowest."""
+    # Made once for all layers: from a mask of booleans each would make, and keep, its own.
     device = visible.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -443,7 +435,7 @@ def recorder(device: int) -> SimpleNamespace:
 
 
 def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step, which must read and write fixed tensors alone; what to call in its place.
+    """Record a step that reads and writes fixed tensors alone; what to call in its place.
 
     If that fails, the step itself, now and ever after. Raises torch.OutOfMemoryError as such.
     """
