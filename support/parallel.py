@@ -39,7 +39,7 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: give auto, cpu, cuda or cuda:N; no other was ever tried")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+    device = f"cuda:{dist.get_node_local_rank(0)}" if name == "cuda" else name
     try:
         if device == "cpu":
             keep_freed_memory()
@@ -50,7 +50,7 @@ def select_device(name: str) -> torch.device:
             # (pytorch#196678), and it plans anew, for up to a second, at every new length.
             torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
