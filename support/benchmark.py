@@ -11,15 +11,16 @@ the median step.
 import contextlib
 import copy
 import math
+import statistics
 import sys
 import time
+import timeit
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,7 +74,7 @@ def time_steps(trainer: Trainer, steps: int) -> dict[str, float]:
                 "decode": done["seconds_sampling"] - spent["prompt"],
                 "scoring": done["seconds_scoring"], "update": done["seconds_update"],
                 "step": now(device) - start, "tokens": done["tokens"]})
-    return {name: float(np.median([r[name] for r in records[1:]])) for name in records[0]}
+    return {name: statistics.median(r[name] for r in records[1:]) for name in records[0]}
 
 
 def now(device: torch.device) -> float:
@@ -144,14 +145,10 @@ def machine_rates(policy: Policy) -> tuple[float, float, int]:
         a = torch.randn(n, n, device=device) @ torch.eye(n, device=device)
         by_onednn = a.dtype == torch.float32 and any(
             isinstance(m, fast.Linear) for m in policy.model.modules())
-        product, best = fast.product if by_onednn else torch.mm, np.full(2, np.inf)
-        for _ in range(8):
-            start = now(device)
-            product(a, a)
-            middle = now(device)
-            other.copy_(block)
-            best = np.minimum(best, [middle - start, now(device) - middle])
-    return 2 * n**3 / best[0], 2 * block.numel() / best[1], a.element_size()
+        product = fast.product if by_onednn else torch.mm
+        repeat = partial(timeit.repeat, timer=partial(now, device), repeat=8, number=1)
+        multiplying, copying = repeat(lambda: product(a, a)), repeat(lambda: other.copy_(block))
+    return 2 * n**3 / min(multiplying), 2 * block.numel() / min(copying), a.element_size()
 
 
 def print_figures(trainer: Trainer, steps: int, median: dict[str, float]) -> None:
