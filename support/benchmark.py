@@ -168,7 +168,7 @@ def print_figures(trainer: Trainer, steps: int, median: dict[str, float]) -> Non
         least = floor.get(name, 0.0)
         ratio = f"{median[name] / least:7.1f}" if least else ""
         print(f"{name:10}{median[name]:9.3f}{least:9.3f}{ratio}")
-    memory = parallel.peak_memory_gib(policy.device) or math.nan
+    memory = parallel.peak_memory_gib(policy.device)
     print(f"{flops_rate / 1e12:.2f} TFLOP/s of products, {copy_rate / 1e9:.0f} GB/s of copies\n"
           f"{median['tokens'] / median['step']:.0f} tokens/s, peak memory {memory:.2f} GiB; "
           f"{cfg.steps} steps take {median['step'] * cfg.steps / 3600:.2f} hours and evaluations\n"

@@ -244,10 +244,8 @@ def for_device(inputs: dict[str, Tensor], device: torch.device,
     """
     if device.type != "cuda":
         return inputs
-    # The mask of the pixels is nearly as large as they are, as int64.
-    smaller = {"pixel_attention_mask": torch.bool}
-    if half:  # the tower would round the pixels too
-        smaller["pixel_values"] = half
+    # The tower would round the pixels too. Their mask is nearly as large as they are, as int64.
+    smaller = {"pixel_values": half or torch.float32, "pixel_attention_mask": torch.bool}
     # Pinned, because another copy makes the CPU wait.
     return {name: x.to(smaller.get(name, x.dtype)).pin_memory() for name, x in inputs.items()}
 
