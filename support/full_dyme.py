@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import contextlib
 import copy
 import hashlib
 import json
@@ -139,8 +138,8 @@ class Helper:
 
     timeout, attempts, pause = 120.0, 3, 60.0  # seconds for a request, tries, seconds to leave it
 
-    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 8,
-                 folder: Path | None = None) -> None:
+    def __init__(self, folder: Path, url: str, model: str, key: str = "",
+                 concurrency: int = 8) -> None:
         if re.search("[@?#]", url):  # the address is kept and printed
             raise UserError("--helper-url: has a password or query in it; a key belongs into an "
                             "environment variable (--helper-key-env)")
@@ -149,9 +148,9 @@ class Helper:
         self.failed_in_a_row, self.resumes = 0, 0.0
         # As the server takes them: some refuse a name, or a temperature.
         self.limit, self.sampling = "max_tokens", {"temperature": 0.0}
-        self.file = folder / "helper.jsonl" if folder else None
-        rows = files.read_jsonl(self.file) if self.file else []
-        self.known = {str(row.get("key")): str(row.get("reply", "")) for row in rows}
+        self.file = folder / "helper.jsonl"
+        self.known = {str(row.get("key")): str(row.get("reply", ""))
+                      for row in files.read_jsonl(self.file)}
         self.pending: dict[str, asyncio.Task[str | None]] = {}  # requests on their way
         # Without a key of its own the server gets "none", never a token that lies about for the
         # hub. Redirects, which would carry the key to another server, are not followed.
@@ -163,8 +162,16 @@ class Helper:
                             f"({error})") from None
         self.slots = asyncio.Semaphore(concurrency)
         # One thread sends all requests, from a loop, so that any of them can be given up.
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.loop = self.runner.get_loop()
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        """In the thread: work on what `start` is given; in the end the runner cancels the rest."""
+        with self.runner:
+            self.loop.run_forever()
+            self.runner.run(self.client.aclose())
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Let the event loop work on something."""
@@ -172,17 +179,8 @@ class Helper:
 
     def close(self) -> None:
         """Give up what is still asked for: a server that hangs must not keep a run from ending."""
-
-        async def cancel() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.client.aclose()
-
-        with contextlib.suppress(TimeoutError):
-            self.start(cancel()).result(2.0)
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(2.0)
 
     async def ask(self, content: str | list[Any], tokens: int) -> str:
         """The reply to a request (text, or parts), asked for once and kept; empty if none."""
@@ -194,9 +192,8 @@ class Helper:
             reply = await self.pending[key]
             if reply is not None and key not in self.known:
                 self.known[key] = reply
-                if self.file:
-                    with runs.tolerated(str(self.file)):
-                        files.append_row(self.file, {"key": key, "reply": reply})
+                with runs.tolerated(str(self.file)):
+                    files.append_row(self.file, {"key": key, "reply": reply})
         return self.known.get(key, "")
 
     async def send(self, content: str | list[Any], tokens: int) -> str | None:
@@ -385,8 +382,6 @@ class Supervision:
 
     def trace(self, example: Example) -> str | None:
         """The refined trace of an example, else its static one."""
-        if self.cfg.no_refiner:
-            return self.static.trace(example)
         future = self.refined.get(id(example)) or self.helper.start(self.refine(example))
         return future.result() or self.static.trace(example)
 
@@ -411,13 +406,13 @@ class Supervision:
 def attach(trainer: dyme.Trainer) -> None:
     """Put a helper before the trainer's `judge` and `trace`. Raises UserError if it fails."""
     cfg = trainer.cfg
-    helper = Helper(cfg.helper_url, cfg.helper_model, read_key(cfg.helper_key_env),
-                    cfg.helper_concurrency, Path(cfg.out))
+    helper = Helper(Path(cfg.out), cfg.helper_url, cfg.helper_model,
+                    read_key(cfg.helper_key_env), cfg.helper_concurrency)
     trainer.closing.callback(helper.close)
     supervision = Supervision(trainer, helper)
+    trainer.judge, trainer.totals = supervision.judge, supervision.totals
     if not cfg.no_checker:
         supervision.try_out("checker", supervision.rate(TRIAL, reference_response(TRIAL)))
     if not cfg.no_refiner:
         supervision.try_out("refiner", supervision.refine(TRIAL))
-    trainer.judge, trainer.trace = supervision.judge, supervision.trace
-    trainer.totals = supervision.totals
+        trainer.trace = supervision.trace

@@ -27,7 +27,7 @@ def main() -> None:
         parser.error(f"{args.out}: must be a new .jsonl file, of data with an image in every row")
     key = full_dyme.read_key(args.helper_key_env)
     folder.mkdir(parents=True, exist_ok=True)
-    helper = full_dyme.Helper(args.helper_url, args.helper_model, key, folder=folder)
+    helper = full_dyme.Helper(folder, args.helper_url, args.helper_model, key)
 
     async def row(example: Example) -> dict[str, Any]:
         picture, draw = io.BytesIO(), example.image

@@ -86,13 +86,13 @@ def chat() -> Iterator[Any]:
 
 
 @pytest.fixture
-def connect(chat: Any) -> Iterator[Callable[..., Helper]]:
+def connect(chat: Any, tmp_path: Path) -> Iterator[Callable[..., Helper]]:
     """Makes helpers, by default of `chat`, which are closed after the test."""
     with contextlib.ExitStack() as closing:
 
         def connect(url: str = "", timeout: float = 20.0, attempts: int = Helper.attempts,
                     pause: float = 60.0, model: str = "m", **more: Any) -> Helper:
-            helper = Helper(url or chat.url, model, **more)
+            helper = Helper(tmp_path, url or chat.url, model, **more)
             helper.timeout, helper.attempts, helper.pause = timeout, attempts, pause
             closing.callback(helper.close)
             return helper
@@ -425,10 +425,10 @@ def test_a_reply_that_is_kept_is_no_sign_of_life(chat: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("finish", ["length", "content_filter", None])
 def test_a_reply_that_did_not_end_is_nothing_and_not_asked_for_again(
-        chat: Any, connect: Any, tmp_path: Path, finish: str) -> None:
+        chat: Any, connect: Any, finish: str) -> None:
     chat.script = lambda *_: ("low", finish)
     for _ in range(2):
-        helper = connect(folder=tmp_path)
+        helper = connect()
         assert ask(helper) == ""
     assert len(chat.seen) == 1
     assert helper.failed_in_a_row == 0
@@ -462,28 +462,28 @@ def test_a_key_is_stripped_and_masked_in_messages(connect: Any, monkeypatch: Pat
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1/v1", "http://127.0.0.1/v1?key=secret"])
-def test_a_secret_in_the_address_is_refused_and_not_shown(url: str) -> None:
+def test_a_secret_in_the_address_is_refused_and_not_shown(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--helper-key-env") as raised:
-        Helper(url, "m")
+        Helper(tmp_path, url, "m")
     assert "secret" not in str(raised.value)
 
 
 def test_replies_are_kept_on_disk_and_asked_for_once(
         chat: Any, connect: Any, tmp_path: Path) -> None:
-    first = connect(folder=tmp_path)
+    first = connect()
     assert ask(first) == ask(first) == "ready"
     with open(tmp_path / "helper.jsonl", "a") as file:
         file.write('[]\n{"key": "no reply"}\n{"key": ["a"], "reply": "x"}\n{"key": "cut of')
-    assert ask(connect(folder=tmp_path)) == "ready"
+    assert ask(connect()) == "ready"
     assert len(chat.seen) == 1
     assert chat.seen[0].body["temperature"] == 0
-    assert ask(connect(folder=tmp_path, model="another")) == "ready"  # whose reply it is not
+    assert ask(connect(model="another")) == "ready"  # whose reply it is not
     assert len(chat.seen) == 2
 
 
 def test_a_reply_that_cannot_be_kept_on_disk_is_used(
         chat: Any, connect: Any, tmp_path: Path, capsys: Capture) -> None:
-    helper = connect(folder=tmp_path)
+    helper = connect()
     (tmp_path / "helper.jsonl").symlink_to("/dev/full")
     assert ask(helper) == ask(helper) == "ready"
     assert "helper.jsonl: cannot be written" in capsys.readouterr().err
@@ -492,16 +492,16 @@ def test_a_reply_that_cannot_be_kept_on_disk_is_used(
 @pytest.mark.parametrize("name, value", [
     ("all_proxy", "http://proxy.example:abc"), ("SSL_CERT_FILE", "/no/such.pem")])
 def test_proxies_and_certificates_that_cannot_be_are_a_line(
-        name: str, value: str, monkeypatch: Patch) -> None:
+        name: str, value: str, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--helper-url: the environment's proxy or certificates"):
-        Helper("http://localhost:1/v1", "m")
+        Helper(tmp_path, "http://localhost:1/v1", "m")
 
 
 def test_half_a_character_in_a_reply_is_replaced(
         chat: Any, connect: Any, tmp_path: Path) -> None:
     chat.script = lambda *_: "red \ud800 4"
-    assert ask(connect(folder=tmp_path)) == "red \ufffd 4"
+    assert ask(connect()) == "red \ufffd 4"
     assert files.read_jsonl(tmp_path / "helper.jsonl")[0]["reply"] == "red \ufffd 4"
 
 
@@ -645,10 +645,10 @@ def test_no_server_is_named(connect: Any) -> None:
     assert "ConnectError" in helper.reason
 
 
-def test_a_helper_is_given_up_though_its_server_hangs(chat: Any) -> None:
+def test_a_helper_is_given_up_though_its_server_hangs(chat: Any, tmp_path: Path) -> None:
     release = threading.Event()
     chat.script = lambda *_: release.wait(20) and ""
-    helper = Helper(chat.url, "m")
+    helper = Helper(tmp_path, chat.url, "m")
     waiting = helper.start(helper.ask("Q?", 10))
     while not chat.seen:
         time.sleep(0.01)
