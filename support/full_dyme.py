@@ -238,14 +238,13 @@ class Helper:
             wait = response.headers.get("Retry-After", "")  # seconds; a date is not read
             if wait.isdecimal():
                 self.resumes = max(self.resumes, time.monotonic() + float(wait))
-            if status not in (400, 422):
-                return status, said
             # A context smaller than asked, or a setting refused by name?
-            if tokens > 64 and re.search("context|too large|at most", said):
+            refused = said if status in (400, 422) else ""
+            if tokens > 64 and re.search("context|too large|at most", refused):
                 tokens //= 2
-            elif "max_tokens" in body and "max_tokens" in said:
+            elif "max_tokens" in body and "max_tokens" in refused:
                 self.limit = "max_completion_tokens"
-            elif "temperature" in body and "temperature" in said:
+            elif "temperature" in body and "temperature" in refused:
                 self.sampling = {}
             else:
                 return status, said
