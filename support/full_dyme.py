@@ -197,31 +197,26 @@ class Helper:
         return self.known.get(key, "")
 
     async def send(self, content: str | list[Any], tokens: int) -> str | None:
-        """Send a request, within the deadline; "" if the reply is cut off, None if it fails."""
+        """Send a request, again after a passing error; "" if the reply is cut off, None if none."""
         try:
             # The socket's own timeout would begin anew with every byte that drips.
             async with self.slots, asyncio.timeout(self.timeout):
-                return await self.insist(content, tokens)
+                for tried in range(self.attempts):
+                    pause = self.resumes - time.monotonic()
+                    if pause > PATIENCE:
+                        return None
+                    await asyncio.sleep(max(pause, 0.2 * 4 ** (tried - 1) if tried else 0.0))
+                    status, said = await self.exchange(content, tokens)
+                    reply = self.read(said) if status == 200 else None
+                    if reply is not None:
+                        self.failed_in_a_row = 0
+                        return reply
+                    if 300 <= status < 500 and status not in (408, 425, 429):
+                        break
+            hint = "should --helper-url end in /v1? " * (status == 404 and "/v1" not in self.url)
+            self.note_failure(f"HTTP {status}: {hint}{said}" if status else said)
         except TimeoutError:
             self.note_failure(f"no whole reply within {self.timeout:g} s")
-            return None
-
-    async def insist(self, content: str | list[Any], tokens: int) -> str | None:
-        """What `send` gives, without a deadline: a request goes out again after a passing error."""
-        for tried in range(self.attempts):
-            pause = self.resumes - time.monotonic()
-            if pause > PATIENCE:
-                return None
-            await asyncio.sleep(max(pause, 0.2 * 4 ** (tried - 1) if tried else 0.0))
-            status, said = await self.exchange(content, tokens)
-            reply = self.read(said) if status == 200 else None
-            if reply is not None:
-                self.failed_in_a_row = 0
-                return reply
-            if 300 <= status < 500 and status not in (408, 425, 429):
-                break
-        hint = "should --helper-url end in /v1? " * (status == 404 and "/v1" not in self.url)
-        self.note_failure(f"HTTP {status}: {hint}{said}" if status else said)
         return None
 
     async def exchange(self, content: str | list[Any], tokens: int) -> tuple[int, str]:
