@@ -487,6 +487,9 @@ def packed_weights(model: Model, rows: int) -> Iterator[None]:
     """For decoding `rows` tokens at a time: pack the weights outside the vision tower."""
     towers = {m for tower in dyme.vision_towers(model) for m in tower.modules()}
     layers = [m for m in model.modules() if type(m) is Linear and m not in towers]
+    half = layers and torch.is_autocast_enabled("cpu")
+    if half and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        layers = []  # with AVX2 alone oneDNN neither packs nor multiplies bf16
     try:
         for layer in layers:  # in bf16, autocast would cast them again for every token
             weight = in_precision(layer.weight.detach())
