@@ -58,7 +58,7 @@ def flag(default: Any, text: str) -> Any:
 
 @dataclass
 class Config:
-    """All settings of a run, with the toy's values; `PRESETS` has those for other data."""
+    """All settings of a run, with the toy's values; `parse_config` fits them to mode and data."""
 
     model: str = flag("tiny", "tiny, a short name, hub id or directory")
     data: str = flag("toy", "toy, sums, charts, chartqa, DOMAIN:FOLDER, rows.jsonl")
@@ -972,7 +972,9 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     scaler = parallel.gradient_scaler(policy.model, cfg.precision)
-    trainer = Trainer(cfg, policy, optimizer, scaler)
+    # As these names are now: who put another function in the place of one means it.
+    trainer = Trainer(cfg, policy, optimizer, scaler, judge=judge, switch=any_correct,
+                      advantages=group_advantages)
     if dist.is_initialized():
         trainer.together = parallel.errors_shared
     if cfg.mode in ("grpo", "two-stage"):
@@ -1060,7 +1062,6 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
 def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
     """This process's encoded micro-batches; threads prepare the next step's meanwhile."""
     cfg = trainer.cfg
-
     def jobs() -> Iterator[list[Example]]:
         for step in steps:
             batch = [trainer.rows[i] for i in step_rows(cfg, step, len(trainer.rows))]
@@ -1101,7 +1102,7 @@ def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     step = load_checkpoint(folder, trainer) if resumed else 0
     with parallel.errors_shared():  # nobody goes on before the folder is ready
         runs.begin(cfg, step, examples, held_out)
-    runs.print_start(cfg, device, len(trainer.rows), len(held_out), step)
+    runs.print_start(cfg, device, len(trainer.rows), held_out, step)
     trainer.evaluated = {row["step"] for row in files.read_jsonl(folder / "evaluations.jsonl")}
     board = runs.open_board(cfg.tensorboard, folder, step)
     with trainer.closing:
@@ -1185,7 +1186,6 @@ def with_less_memory(trainer: Trainer, step: int) -> Generator[Inputs]:
 
 def main() -> int:
     """Read the settings, join other processes if there are any, and train; the exit code."""
-
     def program() -> None:
         cfg = parse_config()
         with parallel.processes(cfg.device):

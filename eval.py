@@ -80,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> dict:
     """Answer the test split in a folder that is locked until the stack ends; the averages."""
     folder, weights = Path(name), "best" if args.best else "checkpoint"
+    suffix = "-best" if args.best else ""
     try:
         saved = settings.read(folder, Config)
     except UserError:
@@ -101,7 +102,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     default = name if saved else f"runs/eval-{str(folder).replace('/', '--')}"
     if args.out and Path(args.out) != folder and (Path(args.out) / "metrics.jsonl").exists():
         raise UserError(f"--out {args.out}: holds another run; name a folder of its own")
-    out = open_folder(Path(args.out or default), stack)
+    predicted = Path(args.out or default) / f"predictions{suffix}.jsonl"
+    open_for_writing(predicted, stack)
     made, prompt, k = data.is_made(source), PROMPTS[args.prompt], args.samples
     few = device.type == "cpu" and examples[0].image  # a tower takes much memory
     batch = args.batch or (64 if made else 8 if few else 32)
@@ -121,9 +123,10 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
         for prediction, group in zip(predictions, groups, strict=True):
             prediction["samples"] = [{key: sample[key] for key in kept} for sample in group]
     if parallel.is_main():
-        files.write_jsonl(out / "predictions.jsonl", predictions)
-        files.write_atomically(out / "evaluation.json", json.dumps(summary, indent=2) + "\n")
-        print(f"wrote {out / 'predictions.jsonl'}", file=sys.stderr)
+        files.write_jsonl(predicted, predictions)
+        averages = predicted.with_name(f"evaluation{suffix}.json")
+        files.write_atomically(averages, json.dumps(summary, indent=2) + "\n")
+        print(f"wrote {predicted}", file=sys.stderr)
     setting = runs.pooling_key(folder, saved, settings.CHANGEABLE_ON_RESUME) if saved else name
     return {"mode": "base", "seed": "-"} | saved | summary | {"setting": setting}
 
@@ -138,17 +141,17 @@ def load_test(run: Path, source: str, saved: dict[str, Any], limit: int) -> list
     return data.held_out(source, rows, limit or len(rows))
 
 
-def open_folder(out: Path, stack: contextlib.ExitStack) -> Path:
+def open_for_writing(file: Path, stack: contextlib.ExitStack) -> None:
     """Make and lock the folder for predictions, to know before the work that it can be written."""
+    out = file.parent
     with parallel.errors_shared():
         try:
             if parallel.is_main():
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(files.locked(out))
-                (out / "predictions.jsonl").open("a").close()
+                file.open("a").close()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return out
 
 
 def vote(groups: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
@@ -172,7 +175,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line of at most 100 columns per model; below, other scores, and means over seeds."""
     print(f"{'model':18} mode      seed  rows {' '.join(COLUMNS.values())}")
     for row in table:
-        name = row["model"].removeprefix("runs/")
+        name = row["model"].removeprefix("runs/") + " (best)" * (row["weights"] == "best")
         name = name if len(name) <= 18 else f"…{name[-17:]}"
         cells = [f"{shown(row.get(key)):>{len(head)}}" for key, head in COLUMNS.items()]
         print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")

@@ -696,6 +696,16 @@ def readable(tiny: Policy, monkeypatch: Patch) -> None:
         logits.index_fill(1, image, -math.inf), *rest))
 
 
+def test_a_function_put_in_the_place_of_one_of_the_module_is_the_trainers(
+        tiny: Policy, monkeypatch: Patch) -> None:
+    for name, field in (("judge", "judge"), ("any_correct", "switch"),
+                        ("group_advantages", "advantages")):
+        def mine(*_: Any) -> None: ...
+
+        monkeypatch.setattr(dyme, name, mine)
+        assert getattr(dyme.make_trainer(Config(), tiny), field) is mine
+
+
 def test_a_dyme_step_is_eq_8_computed_the_plain_way(
         tiny: Policy, examples: list[Example], no_update: None, readable: None) -> None:
     trainer = make_trainer(tiny, CORRECT, temperature=0.7, micro_batch=3)
@@ -1172,6 +1182,9 @@ def test_figures_of_models_before_an_error_are_printed(
     assert run_folders.run_main(lambda: evaluation.main(["runs", "--limit", "1"])) == 2
     assert capsys.readouterr().out == ""
     (tmp_path / "empty").mkdir()
+    assert evaluate("tiny", "empty") == 2
+    assert "empty: is neither a run nor a model" in capsys.readouterr().err
+    (tmp_path / "empty" / "config.json").write_text("{}")
     assert evaluate("tiny", "empty", "--limit", "1", "--max-new-tokens", "2") == 2
     out, err = capsys.readouterr()
     assert out.splitlines()[1].split()[:2] == ["tiny", "base"]
@@ -1191,5 +1204,11 @@ def test_several_runs_are_evaluated_in_a_table(runs: Path, capsys: Capture) -> N
         assert words in table
     rows = files.read_jsonl(runs / "s0" / "predictions.jsonl")
     assert [row["source"].startswith("new_") for row in rows] == [False] * 8 + [True] * 2
+    last = (runs / "s0" / "predictions.jsonl").read_text()
     assert evaluate(str(runs / "s0"), "--best", "--limit", "2") == 0
-    assert json.loads((runs / "s0" / "evaluation.json").read_text())["weights"] == "best"
+    assert "s0 (best)" in capsys.readouterr().out
+    assert (runs / "s0" / "predictions.jsonl").read_text() == last
+    assert len(files.read_jsonl(runs / "s0" / "predictions-best.jsonl")) == 2
+    best, final = (json.loads((runs / "s0" / f"evaluation{end}.json").read_text())["weights"]
+                   for end in ("-best", ""))
+    assert (best, final) == ("best", "checkpoint")

@@ -77,9 +77,11 @@ def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
     run = Path(cfg.out)
     if (run / "config.json").exists():
         settings.read(run, type(cfg))
-        if not (cfg.resume or cfg.overwrite):
-            raise UserError(f"--out {run}: holds a run; --resume goes on with it, "
-                            "--overwrite replaces it")
+        # One that was stopped before its first evaluation leaves empty files.
+        begun = any(path.is_dir() or path.stat().st_size for path in outputs(run) if path.exists())
+        if begun and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out {run}: holds a run; --resume goes on with it, --overwrite "
+                            "replaces it, another --out lets it be")
     elif run.exists():
         ours = {files.LOCK, "helper.jsonl"}  # what a start that failed may leave
         if not run.is_dir() or any(entry.name not in ours for entry in run.iterdir()):
@@ -100,8 +102,9 @@ def enter(cfg: Config, stack: contextlib.ExitStack) -> None:
 def outputs(run: Path) -> list[Path]:
     """All that a new run in its place removes; what else is in the folder is the user's."""
     names = [folder + end for folder in FOLDERS for end in ("", ".tmp", ".old")]
-    names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "predictions.jsonl",
-              "evaluation.json", "tensorboard"]
+    names += ["metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "tensorboard",
+              "predictions.jsonl", "evaluation.json", "predictions-best.jsonl",
+              "evaluation-best.json"]
     return [*map(run.joinpath, names), *run.glob("held-out-[0-9]*.jsonl")]
 
 
@@ -281,13 +284,15 @@ def check_weights(model: torch.nn.Module) -> None:
 # ---- What is printed and logged ------------------------------------------------------------------
 
 
-def print_start(cfg: Config, device: torch.device, training: int, held_out: int, step: int) -> None:
+def print_start(cfg: Config, device: torch.device, training: int, held_out: list[Example],
+                step: int) -> None:
     """Say what begins."""
+    new = sum(example.source.startswith("new_") for example in held_out)
+    told = f"{len(held_out) - new} held out" + f" and {new} of new combinations" * bool(new)
     begins = "going on" if step else "nothing was saved, starting" if cfg.resume else "starting"
     where = f"{begins} at step {step} of {cfg.steps}" if step < cfg.steps else "it is finished"
     if parallel.is_main():
-        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {held_out} held out; "
-              f"{where}")
+        print(f"{cfg.out}: {cfg.mode} on {device}, {training} training rows, {told}; {where}")
         if 20 <= cfg.steps <= 2 * cfg.warmup:
             warn_once(f"--warmup {cfg.warmup}: half of the {cfg.steps} steps or more")
 

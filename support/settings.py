@@ -126,6 +126,8 @@ def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
     if path.suffix == ".gguf":
         raise UserError(f"{flag}{name}: is a GGUF file; make a model folder of it with "
                         f"python -m support.smollm2 FOLDER {name}")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{flag}{name}: is neither a run nor a model (it has no config.json)")
     if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
         raise UserError(f"{flag}{name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
                         f"{', '.join(sorted(known))}")
@@ -139,10 +141,14 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - loaders raise many kinds, alike to the user
-        reason = " ".join(str(error).split())[:200]
-        advice = ("one of its files is damaged or missing" if Path(name).is_dir() else
-                  f"give a hub id, a directory or one of {[*known]}; without a hub "
-                  "python -m support.smollm2 FOLDER makes a small text model")
+        reason = " ".join(str(error).split())
+        advice = "one of its files is damaged or missing, or the run has no checkpoint yet"
+        if "connect to" in reason:
+            advice = ("download it elsewhere and give its folder; or python -m support.smollm2 "
+                      "FOLDER makes a small text model without the hub")
+        elif not Path(name).is_dir():
+            advice = f"give a hub id, a directory or one of {', '.join(known)}"
+        reason = reason[:200]
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch
                 advice = f"pip install -r requirements.txt {package}"
@@ -163,6 +169,9 @@ def check(cfg: Config, models: Iterable[str]) -> None:
         check_model_name(cfg.model, models, "--model ")
     check_values(type(cfg), vars(cfg))
     budget, url = re.fullmatch(r"budget:(\d+)", cfg.switch), cfg.helper_url
+    fitting = {"sums": "FOLDER, one that python -m support.smollm2 FOLDER makes",
+               "charts": "FOLDER, one that python -m support.smollm2 FOLDER --sight makes"}.get(
+        cfg.data, "SmolVLM-256M")
     refused = {
         f"--out {ascii(cfg.out)}: its name is not UTF-8":
             any("\ud800" <= c <= "\udfff" for c in cfg.out),
@@ -183,7 +192,7 @@ def check(cfg: Config, models: Iterable[str]) -> None:
             cfg.helper_key_env and cfg.helper_key_env not in os.environ,
         f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)":
             cfg.beta and cfg.mode not in ("grpo", "two-stage"),
-        f"--data {cfg.data}: the tiny model reads only the toy; add --model SmolVLM-256M":
+        f"--data {cfg.data}: the tiny model reads only the toy; add --model {fitting}":
             cfg.model == "tiny" and cfg.data.partition(":")[0] != "toy",
     }
     for message, wrong in refused.items():

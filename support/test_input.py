@@ -32,12 +32,16 @@ from test_dyme import Capture, Patch, evaluate, run
     ("--model a/model.gguf --data sums", "python -m support.smollm2 FOLDER a/model.gguf"),
     ("--model BASE --data sums:new", "sums:new is for eval.py alone"),
     ("--model BASE --data sums:old", "give sums"),
+    ("--data charts", "python -m support.smollm2 FOLDER --sight makes"),
+    ("--data toy:old", "give toy or toy:withheld"),
+    ("--model EMPTY --data toy", "is neither a run nor a model"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
         runs: Path, flags: str, says: str, capsys: Capture, monkeypatch: Patch) -> None:
     # No waiting for a network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    argv = ["--out", str(runs / "x"), *flags.replace("BASE", str(toy.BASE)).split()]
+    flags = flags.replace("BASE", str(toy.BASE)).replace("EMPTY", str(runs))
+    argv = ["--out", str(runs / "x"), *flags.split()]
     code = run_folders.run_main(lambda: dyme.train(dyme.parse_config(argv)))
     error = capsys.readouterr().err.strip()
     assert code == 2

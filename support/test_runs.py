@@ -219,6 +219,20 @@ def test_other_facts_are_other_rows() -> None:
 # ---- A run that starts does not cost the one before ----------------------------------------------
 
 
+def test_a_run_stopped_before_its_first_evaluation_is_started_again_by_the_same_command(
+        runs: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dyme, "evaluate", stop)
+        assert run(runs, "a", "--steps", "1") == 130
+    assert (runs / "a" / "config.json").exists()
+    assert run(runs, "a", "--steps", "1") == 0
+    assert run(runs, "a", "--steps", "1") == 2
+    assert "another --out lets it be" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(runs: Path, capsys: Capture) -> None:
     assert run(runs, "a", "--steps", "2") == 0

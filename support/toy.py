@@ -139,8 +139,10 @@ def make_withheld(split: str, traces: str) -> list[Example]:
     examples = []
     for example in make_examples(split, traces if split == "train" else "high"):
         bars = [bar for bar in COLORS if bar in example.question]
-        told = [dict(re.findall(r"(\w+) (\d+)", text)) for text in (example.facts, example.trace)]
-        needed = [tuple(sorted(int(values[bar]) for bar in bars)) for values in told]
+        needed = []
+        for text in (example.facts or "", example.trace or ""):
+            values = dict(re.findall(r"(\w+) (\d+)", text))
+            needed.append(tuple(sorted(int(values[bar]) for bar in bars)))
         if not any(pair in withheld for pair in needed):
             examples.append(example)
         elif split != "train":
