@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dyme import Config
+from reward import Example
 from support import UserError, data, files, report, runs, settings
 from support.report.records import Row
 
@@ -29,12 +30,15 @@ def held_out(run: Path, first: bool) -> dict[str, Row]:
     return {row["name"]: row for row in files.read_jsonl(run / f"held-out-{step}.jsonl")}
 
 
-def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row]) -> str:
+def choose(base: dict[str, Row], ours: dict[str, Row], other: dict[str, Row],
+           examples: dict[str, Example]) -> str:
     """A sum that the base has wrong, the first run right with valid thinking, the second not."""
     for name, row in ours.items():
         others_right = base[name]["any_format"] or other[name]["any_format"]
         if row["source"] == "sum" and row["valid_thinking"] and not others_right:
-            return name
+            # If a bar were as high as the sum, the answer could have been read off.
+            if row["answer"] not in re.findall(r"\d+", examples[name].facts or ""):
+                return name
     raise UserError("no sum that the base and the second run have wrong and the first has right")
 
 
@@ -57,8 +61,9 @@ def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], pieces: list[tuple[s
     return y + size + 6
 
 
-def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, float]]]) -> None:
-    """Held-out accuracy over steps, a line for each mode, with its name at its end."""
+def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, float]]],
+                base: float) -> None:
+    """Held-out accuracy over steps, a line for each mode; dashed, the base's by its last word."""
     width, height, top = 430, 440, 90
     last = max(points[-1][0] for points in curves.values())
     pen.text((RIGHT, 30), "held-out accuracy over steps", TEXT, font(22))
@@ -68,6 +73,10 @@ def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, floa
         pen.text((RIGHT - 36, y - 10), f"{share:.1f}", GREY, font(16))
     for step in (0, last):
         pen.text((RIGHT + width * step / last - 10, top + height + 8), str(step), GREY, font(16))
+    y = top + height - height * base
+    for x in range(RIGHT, RIGHT + width, 16):
+        pen.line((x, y, x + 8, y), GREY, 2)
+    pen.text((RIGHT + 150, y + 6), "the base, by its last word", GREY, font(16))
     ends = list[float]()
     for (mode, points), colour in zip(curves.items(), LINES, strict=False):
         places = [(RIGHT + width * s / last, top + height - height * a) for s, a in points]
@@ -83,9 +92,9 @@ def draw(folders: list[Path]) -> Image.Image:
     """The picture of these runs. Raises UserError."""
     base, ours = (held_out(folders[0], first) for first in (True, False))
     other = held_out(folders[1], first=False)
-    name = choose(base, ours, other)
     saved = [settings.read(run, Config) for run in folders]
-    example = next(e for e in data.load_data(saved[0]["data"], "val") if e.name == name)
+    examples = {e.name: e for e in data.load_data(saved[0]["data"], "val")}
+    example = examples[name := choose(base, ours, other, examples)]
     modes = [NAMES.get(row["mode"], row["mode"]) for row in saved]
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
@@ -97,8 +106,8 @@ def draw(folders: list[Path]) -> Image.Image:
     pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
     pen.text((LEFT, 30), "a chart", TEXT, font(22))
     y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)
-    write(pen, (LEFT, y + 6), [("numbers ", GREY), ("from the chart", TRUE), (" and ", GREY),
-                               ("not from it", FALSE)], 330, 18)
+    write(pen, (LEFT, y + 6), [("numbers ", GREY), ("true to the chart", TRUE), (" and ", GREY),
+                               ("false ones", FALSE)], 330, 18)
     y = 30
     for title, row in (("the base", base[name]), (f"after {modes[1]}", other[name]),
                        (f"after {modes[0]}", ours[name])):
@@ -109,7 +118,8 @@ def draw(folders: list[Path]) -> Image.Image:
     for mode, run in zip(modes, folders, strict=True):
         rows = files.read_jsonl(run / "evaluations.jsonl")
         curves[mode] = [(row["step"], row["accuracy"]) for row in rows]
-    draw_curves(pen, curves)
+    first = files.read_jsonl(folders[0] / "evaluations.jsonl")[0]
+    draw_curves(pen, curves, first["any_format"])
     return image
 
 
