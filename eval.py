@@ -175,7 +175,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line of at most 100 columns per model; below, other scores, and means over seeds."""
     print(f"{'model':18} mode      seed  rows {' '.join(COLUMNS.values())}")
     for row in table:
-        name = row["model"].removeprefix("runs/") + " (best)" * (row["weights"] == "best")
+        name = row["model"].removeprefix("runs/") + " (best)" * (row.get("weights") == "best")
         name = name if len(name) <= 18 else f"…{name[-17:]}"
         cells = [f"{shown(row.get(key)):>{len(head)}}" for key, head in COLUMNS.items()]
         print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")

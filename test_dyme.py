@@ -703,7 +703,7 @@ def test_a_function_put_in_the_place_of_one_of_the_module_is_the_trainers(
         def mine(*_: Any) -> None: ...
 
         monkeypatch.setattr(dyme, name, mine)
-        assert getattr(dyme.make_trainer(Config(), tiny), field) is mine
+        assert getattr(make_trainer(tiny), field) is mine
 
 
 def test_a_dyme_step_is_eq_8_computed_the_plain_way(
@@ -1182,13 +1182,11 @@ def test_figures_of_models_before_an_error_are_printed(
     assert run_folders.run_main(lambda: evaluation.main(["runs", "--limit", "1"])) == 2
     assert capsys.readouterr().out == ""
     (tmp_path / "empty").mkdir()
-    assert evaluate("tiny", "empty") == 2
-    assert "empty: is neither a run nor a model" in capsys.readouterr().err
-    (tmp_path / "empty" / "config.json").write_text("{}")
     assert evaluate("tiny", "empty", "--limit", "1", "--max-new-tokens", "2") == 2
     out, err = capsys.readouterr()
     assert out.splitlines()[1].split()[:2] == ["tiny", "base"]
     assert "--model empty: cannot be loaded" in err
+    assert "it has no config.json: it is neither a run nor a model" in err
     (tmp_path / "empty" / "metrics.jsonl").touch()
     assert evaluate("tiny", "--out", "empty") == 2
     assert "--out empty: holds another run" in capsys.readouterr().err

@@ -126,8 +126,6 @@ def check_model_name(name: str, known: Iterable[str], flag: str = "") -> None:
     if path.suffix == ".gguf":
         raise UserError(f"{flag}{name}: is a GGUF file; make a model folder of it with "
                         f"python -m support.smollm2 FOLDER {name}")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"{flag}{name}: is neither a run nor a model (it has no config.json)")
     if not path.exists() and name not in known and (len(path.parts) == 1 or path.parent.is_dir()):
         raise UserError(f"{flag}{name}: no such folder; give one, a hub id (NAME/MODEL) or one of "
                         f"{', '.join(sorted(known))}")
@@ -146,6 +144,8 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
         if "connect to" in reason:
             advice = ("download it elsewhere and give its folder; or python -m support.smollm2 "
                       "FOLDER makes a small text model without the hub")
+        elif Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            advice = "it has no config.json: it is neither a run nor a model"
         elif not Path(name).is_dir():
             advice = f"give a hub id, a directory or one of {', '.join(known)}"
         reason = reason[:200]

@@ -34,7 +34,7 @@ from test_dyme import Capture, Patch, evaluate, run
     ("--model BASE --data sums:old", "give sums"),
     ("--data charts", "python -m support.smollm2 FOLDER --sight makes"),
     ("--data toy:old", "give toy or toy:withheld"),
-    ("--model EMPTY --data toy", "is neither a run nor a model"),
+    ("--model EMPTY --data toy", "it is neither a run nor a model"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
         runs: Path, flags: str, says: str, capsys: Capture, monkeypatch: Patch) -> None:
