@@ -923,9 +923,12 @@ def test_the_courses_recipe_trains_with_a_function_of_ones_own(
         tmp_path: Path, monkeypatch: Patch) -> None:
     trained: list[dyme.Config] = []
     recipe, *_ = re.findall(r"```python\n(.*?)```", COURSE.read_text(), re.DOTALL)
+    command, = re.findall(r"`python (exercises.py --steps .*?)`", COURSE.read_text())
+    monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setattr(dyme, "policy_loss", dyme.policy_loss)
     monkeypatch.setattr(dyme, "train", trained.append)
     (tmp_path / "exercises.py").write_text(f"import dyme\nsum_loss = 'mine'\n{recipe}")
-    runpy.run_path(str(tmp_path / "exercises.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(tmp_path / "exercises.py"), run_name="__main__")
     assert dyme.policy_loss == "mine"
     assert trained[0].steps == 200
