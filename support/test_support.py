@@ -156,6 +156,8 @@ def test_withheld_pairs_are_in_no_row_of_training_and_of_kinds_of_their_own_else
         e.name for e in every if e.source in ("sum", "difference")
         and {pair(e.facts, e), pair(told(e), e)} & out}
     assert [e.question for e in test] == [e.question for e in toy.make_examples("test")]
+    as_usual, withheld = (dyme.parse_config(["--data", name]) for name in ("toy", "toy:withheld"))
+    assert (withheld.lr, withheld.steps) == (as_usual.lr, as_usual.steps)
 
 
 @pytest.mark.slow
