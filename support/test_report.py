@@ -470,9 +470,11 @@ def test_the_story_looks_at_the_same_prompt_in_other_runs(tmp_path: Path) -> Non
     a = write_run(tmp_path / "a", mine)
     g = write_run(tmp_path / "g", other, mode="grpo")
     t = write_run(tmp_path / "t", [other[0] | {"responses": []}], mode="sft")
-    assert page_of(g, a, t)["stories"][0]["elsewhere"] == [
+    u = write_run(tmp_path / "u", [row | {"responses": []} for row in other], mode="sft")
+    assert page_of(g, a, t, u)["stories"][0]["elsewhere"] == [
         "g (GRPO): step 1, none of 4 right, memorization; step 2, 2 of 4 right, exploration.",
-        "t (SFT): step 1, memorization."]
+        "t (SFT): step 1, memorization.",
+        "u (SFT): imitated 2 times in SFT, the last at step 2."]
 
 
 def shown_run(name: str, mode: str, *accuracy: float, **more: float) -> records.Run:

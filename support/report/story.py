@@ -162,8 +162,13 @@ def tell(run: Run, shown: list[Row], number: int) -> Row | None:
                 for i, group in enumerate((g for g in visits if g["step"] in headings), 1)]
     elsewhere = []
     for other in shown[:number] + shown[number + 1:]:
-        seen = [f"{at(group)}, {group['mode']}" for group in other["groups"]
-                if group["name"] == first["name"] and group["question"] == first["question"]]
+        own = [group for group in other["groups"]
+               if group["name"] == first["name"] and group["question"] == first["question"]]
+        in_sft = [group["step"] for group in own if not group["responses"]]  # with nothing to tell
+        seen = [f"imitated {len(in_sft)} times in SFT, the last at step {in_sft[-1]}"
+                ] if len(in_sft) > 1 else []
+        seen += [f"{at(group)}, {group['mode']}" for group in own
+                 if group["responses"] or len(in_sft) == 1]
         if seen:
             elsewhere.append(f"{other['name']} ({MODE_NAMES[other['mode']]}): {'; '.join(seen)}.")
     rated = ("how a helper rates the thinking" if run.cfg["helper_rates"] else
