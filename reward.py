@@ -111,7 +111,8 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     """Would a person call the answer right? Forgives formatting, never a value.
 
     A target such as "[Cape Verde, 5]" is a list: the prediction, with or without brackets, must
-    have the same elements in the same order. The question says which unit may be named: "5 bars".
+    have the same elements in the same order, without tolerance. The question says which unit may be
+    named: "5 bars".
     """
     prediction, target = strip_answer(prediction), strip_answer(target)
     if not target or prediction.lower() == target.lower():
@@ -120,7 +121,7 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     if is_list(target):
         wanted = _list_items(target)[0]
         return any(len(given) == len(wanted) and all(
-            answers_match(g, w, tolerance, question) for g, w in zip(given, wanted, strict=True))
+            answers_match(g, w, 0.0, question) for g, w in zip(given, wanted, strict=True))
             for given in _list_items(prediction))
     if is_list(prediction) and "," not in prediction:
         prediction = strip_answer(prediction[1:-1])

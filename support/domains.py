@@ -104,7 +104,8 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
     for key in ("direct_answers", "choices", "rationales"):
         if not isinstance(found := row.get(key) or [], list):
             raise ValueError(f"its {key} is no list of texts")
-        lists.append([item for item in found if data.visible(item)])
+        # The places of choices count, those of the others do not.
+        lists.append([item for item in found if key == "choices" or data.visible(item)])
     answers, choices, rationales = lists
     said, difficult = Counter(map(reward.plain, answers)), row.get("difficult_direct_answer")
     # *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
@@ -117,6 +118,8 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
         if row["correct_choice_idx"] not in range(len(choices)):
             raise ValueError("its correct_choice_idx is none of its choices")
         choice = choices[row["correct_choice_idx"]]
+        if not data.visible(choice):
+            raise ValueError("its correct choice is empty")
         scores["multiple_choice"] = lambda given: float(reward.plain(given) == reward.plain(choice))
         target = choice if reward.plain(choice) in said else target
     image = find_image(root, (f"{row['split']}2017", "images"), f"{row['image_id']:012}.jpg", name)
@@ -175,7 +178,7 @@ def last_number(text: str) -> str:
     part_of = r"[a-z_]$|[/^*×÷]\s*$|[\d)%]\s*[+-]\s*$|\d[.,]$"
     if not last or re.search(part_of, text[:last.start()]):
         return ""
-    more = re.match(r"\s*(?:[/^]|k\b|thousand|million|billion)", text[last.end():])
+    more = re.match(r"\s*(?:/\s*[\d(]|\^|k\b|thousand|million|billion)", text[last.end():])
     return "" if more else last[0]
 
 
@@ -186,15 +189,16 @@ LEAD_IN = r"(?i)^(?:the )?(?:(?:correct )?(?:answer|option|choice)(?: is)?:? *)+
 # How formulas and units are written, and what is compared instead.
 TEX = (
     (r"\\[dt]?frac ?{([^{}]*)} ?{([^{}]*)}", r"(\1)/(\2)"),
-    (r"(?:\\sqrt|√) ?{([^{}]*)}", r"√(\1)"),
-    (r"\\pi|(?<![a-z])pi(?![a-z])", "π"),
+    (r"(?:\\?sqrt|√) ?[{(]([^{}()]*)[})]", r"√(\1)"),
+    (r" ?(?:\*|\\times|\\cdot)? ?(?:\\pi|(?<![a-z])pi(?![a-z])|π)", "π"),
     (r"[掳º]|degrees?|\^?{?\\circ}?", "°"),
     (r"(?:(c)enti|(m)illi|(k)ilo)?(?:(m)et(?:er|re)|(g)ram|(l)it(?:er|re))s?", r"\1\2\3\4\5\6"),
     (r"\\(?:left|right|angle|(?=\W))|[$~∠]|(?<!\d) | (?!\d)", ""),
     # (3)/(4) is 3/4
     (r"(?<=[/√^])[({](-?[\w.π]+)[)}]|(?<![\w)])\((-?[\w.π√]+)\)(?=/)", r"\1\2"),
 )
-UNIT = (r"(?<=[\dπ.)])(?:square|sq\.?|cubic)?([ckm]?m|米|k?g|l|km/h|units?)"
+UNIT = (r"(?<=[\dπ.)])(?:square|sq\.?|cubic)?([ckm]?m|(?:平方|厘|千)?米|海里|小时|秒"
+        r"|k?g|l|km/h|units?)"
         r"(?:\^?[23]|[²³]|squared|cubed)?$")
 
 

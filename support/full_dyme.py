@@ -89,7 +89,7 @@ After the reasoning write one last line: Answer: {answer}"""
 
 LEVELS = {"low": 0.0, "medium": 0.5, "high": 1.0}
 DOUBT = re.compile(r"\b(not?|never|neither|hardly|whether|if|than|cannot|may|maybe)\b|n['’]t\b")
-THINKING = "(?:think|thinking|thought)"  # tags of models that think before they reply
+THINKING = r"(?:\w+:)?(?:think|thinking|thought)"  # tags of models that think before they reply
 CHATTER = re.compile(r"(?i)(((sure|certainly|of course|absolutely|okay)([^\n:.!]*:|[.!])"
                      r"|(here|below)( is| are|['’]s)[^\n:.!]*:)\s*)*")  # "Sure, here it is:"
 MARKS = " \t\n*_#>`-"  # of Markdown
@@ -97,8 +97,8 @@ MARKS = " \t\n*_#>`-"  # of Markdown
 
 def without_thinking(reply: str) -> str:
     """What a thinking model says after its thinking; empty if it does not get that far."""
-    reply = re.sub(rf"(?is)^.*[<\[]/{THINKING}[>\]]", "", reply)
-    return "" if re.search(rf"(?i)[<\[]{THINKING}[>\]]", reply) else reply.strip()
+    reply = re.sub(rf"(?is)^.*[<\[◁]/{THINKING}[>\]▷]", "", reply)
+    return "" if re.search(rf"(?i)[<\[◁]{THINKING}[>\]▷]", reply) else reply.strip()
 
 
 def parse_rating(reply: str) -> float | None:
@@ -204,6 +204,7 @@ class Helper:
                 for tried in range(self.attempts):
                     pause = self.resumes - time.monotonic()
                     if pause > PATIENCE:
+                        self.reason = self.reason or f"it asks to wait {pause:.0f} s"
                         return None
                     await asyncio.sleep(max(pause, 0.2 * 4 ** (tried - 1) if tried else 0.0))
                     status, said = await self.exchange(content, tokens)
@@ -235,7 +236,7 @@ class Helper:
                 self.resumes = max(self.resumes, time.monotonic() + float(wait))
             # A context smaller than asked, or a setting refused by name?
             refused = said if status in (400, 422) else ""
-            if tokens > 64 and re.search("context|too large|at most", refused):
+            if tokens > 64 and re.search("context|too large|at most|must be <=", refused):
                 tokens //= 2
             elif "max_tokens" in body and "max_tokens" in refused:
                 self.limit = "max_completion_tokens"
@@ -249,11 +250,15 @@ class Helper:
         try:
             choice = data.parse_json(said)["choices"][0]
             text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
+            if isinstance(text, list):  # parts, of which a thinking one has no "text"
+                text = "".join(part.get("text") or "" for part in text)
             reply = without_thinking(text)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         if finish in ENDED:
             return reply or None
+        if finish == "error":  # OpenRouter's, where the server behind it failed
+            return None
         begun = "" if reply else " before the reply began"  # nobody knows what was to come
         self.reason = self.one_line(f"cut off{begun} (finish_reason {finish}): {text}")
         return ""

@@ -441,6 +441,16 @@ def test_aokvqa_has_two_named_scores_and_the_releases_target(tmp_path: Path) -> 
     assert summary["multiple_choice"] == 1.0  # of the one row that has choices
 
 
+def test_an_empty_choice_of_aokvqa_keeps_its_place(tmp_path: Path) -> None:
+    # As in row 1095 of the published val split.
+    row = AOKVQA | {"choices": ["s", "", "b", "f"], "correct_choice_idx": 3,
+                    "direct_answers": ["f", "letter f", "f"]}
+    example, = data.load_data(write_aokvqa(tmp_path, [row]), "test")
+    assert example.answer == "f"
+    assert example.scores["multiple_choice"]("f") == 1.0
+    assert example.scores["multiple_choice"]("b") == 0.0
+
+
 def test_official_leaves_out_what_aokvqa_calls_difficult(tmp_path: Path) -> None:
     difficult = AOKVQA | {"difficult_direct_answer": True}
     found = data.load_data(write_aokvqa(tmp_path, [AOKVQA, difficult]), "test")
@@ -456,6 +466,7 @@ def test_official_leaves_out_what_aokvqa_calls_difficult(tmp_path: Path) -> None
 @pytest.mark.parametrize("change", [
     {"correct_choice_idx": 2}, {"correct_choice_idx": -1}, {"correct_choice_idx": None},
     {"direct_answers": []}, {"choices": 3}, {"rationales": "It sits."},
+    {"choices": ["dog", ""], "correct_choice_idx": 1},
     {"direct_answers": "dog"}, {"direct_answers": ["", " "]},
     {"image_id": 8}, {"image_id": "x"}, {"question": ""}, {"question": None},
 ])
@@ -599,6 +610,7 @@ def gsm8k(answer: str) -> Example:
     ("5", "x5", False),
     ("5", "It is 5.", True), ("5", "none", False), ("18", "+18", True), ("15", "10-15", False),
     ("18", "18/3", False), ("18", "18k", False), ("5", "1e5", False),
+    ("57500", "$35000 + $22500 = $57500/year.", True), ("18", "18 / (3)", False),
 ])
 def test_gsm8k_takes_the_last_number_with_its_sign(answer: str, given: str, met: bool) -> None:
     assert right(gsm8k(f"So.\n#### {answer}"), given) is met
@@ -667,6 +679,9 @@ WORDS = "Which?\nChoices:\nA. Increasing\nB. Decreasing\nC. Constant\nD. None"
     ("Find it.", "even", "Even|even.", "odd"),
     ("Find it.", r"$13 \%$", r"13|13%|$13\%$", "14|1300%"),
     ("Find it.", r"\frac{1}{2}", "1/2|0.5", "12|1|2"),
+    ("Find it.", "2√{3}", r"2√3|2sqrt(3)|2\sqrt{3}", "23|√3|2*3"),
+    ("Find it.", "4πcm", r"4π|4 * pi|4 \times \pi cm", "4|4 m|π"),
+    ("Find it.", "8厘米", "8|8厘米", "8海里|9"), ("Find it.", "40海里", "40.0|40", "40米"),
     ("Where is it?", "A(3,4)", "A(3, 4)", "A(5, 6)|A|B"),
     ("Find it.", "$C=40.84$ cm", "40.84", "C|C=41"),
 ])

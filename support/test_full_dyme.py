@@ -222,6 +222,8 @@ def test_a_trace_must_parse_and_be_right(reply: str) -> None:
 @pytest.mark.parametrize("reply, rest", [
     ("<think>\nHigh? Or low?\n</think>\n\nmedium", "medium"), ("Okay, high?\n</think>\nlow", "low"),
     ("[THINK]so[/THINK]high", "high"), ("<think>Okay, this may be high", ""),
+    ("<seed:think>Got it, high?</seed:think>low", "low"), ("◁think▷High?◁/think▷low", "low"),
+    ("◁think▷High?", ""),
     ("I think low", "I think low")])
 def test_thinking_before_a_reply_is_none_of_it(reply: str, rest: str) -> None:
     assert full_dyme.without_thinking(reply) == rest
@@ -575,6 +577,7 @@ def test_a_server_that_asks_for_much_time_leaves_pure_dyme(chat: Any, connect: A
     assert ask(helper, "c") == ""
     assert len(chat.seen) <= 2
     assert time.monotonic() - start < 5
+    assert re.fullmatch(r"it asks to wait (99|100) s", helper.reason)
 
 
 def test_what_a_server_refuses_is_left_out_from_then_on(chat: Any, connect: Any) -> None:
@@ -603,6 +606,22 @@ def test_a_context_smaller_than_asked_gets_a_shorter_reply_or_is_named(
     chat.script = lambda *_: refusal
     assert ask(helper, "R?", tokens=10) == ""
     assert "maximum context length is 2048" in helper.reason
+    # As text-generation-inference says it.
+    refusal = 422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be "
+                             "<= 4096. Given: 90 `inputs` tokens and 5000 `max_new_tokens`"}
+    chat.script = lambda _, body: "red 5" if body["max_tokens"] < 4000 else refusal
+    assert ask(connect(), "S?", tokens=5000) == "red 5"
+
+
+@pytest.mark.slow
+def test_the_shapes_of_replies_that_servers_have(chat: Any, connect: Any) -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "low?"}]},
+             {"type": "text", "text": "high"}]  # Mistral's reasoning models
+    chat.script = lambda *_: (parts, "stop")
+    assert ask(connect(), "a") == "high"
+    # OpenRouter: what is behind it failed, and may be well the next time.
+    chat.script = lambda *_: ("", "error") if len(chat.seen) < 3 else "ready"
+    assert ask(connect(), "b") == "ready"
 
 
 @pytest.mark.parametrize("script, reason", [

@@ -131,6 +131,9 @@ def test_facts_set_in_columns_are_read_at_once() -> None:
      "1. Cyan is 9.\n2. Blue is 7.\nThe 2nd of the 4 bars is blue."),
     ("What is the average of all years?", "16", YEARS,
      "12 + 18 + 9 + 25 = 64. For 4 years: 64 / 4 = 16."),
+    ("What is half of Finland's trust in news?", "31%", TABLE,
+     "Finland (News) = 62%. 0.62 / 2 = 0.31, so 31%"),
+    ("What is 30% of red and blue?", "3.3", BARS, "red 4, blue 7. 4 + 7 = 11. 11 × 0.30 = 3.3"),
     ("What was 2016's share?", "28.1%", YEARS,
      "18 / 64 * 100 = 28.1% where 64 = 12 + 18 + 9 + 25."),
     ("By what percentage did it grow from 2015 to 2016?", "50%", YEARS,
@@ -216,7 +219,7 @@ def test_thinking_is_judged_as_a_person_would(valid: bool, most_misjudged: int) 
     "4 plus 7 is 11", "60 students x 2/3 = 40", "120 * (1-20%) = 96", "80% * 80% = 64%",
     "2.50 - 2.24 = 26 cents",
     "30 x (1 and 1/3) = 40", "$80 000 x 20/100 = $16 000", "4^2 = 16", "2(3 + 4) = 14",
-    "64 = 12 + 52", "100 / 3 = 33"])
+    "64 = 12 + 52", "100 / 3 = 33", r"9 \times 2 = 18", r"\frac{7}{2} \cdot 1600 \div 2 = 2800"])
 def test_true_equations_are_read(text: str) -> None:
     assert [e.true for e in equations(text)] == [True]
 
@@ -225,7 +228,8 @@ def test_true_equations_are_read(text: str) -> None:
     "9 ÷ 3 = −3", "-3 + 4 = 7", "0.1 + 0.2 = 0.31", "3 - -4 = -1", "29 - 18 = 12",
     "1,250 + 310 = 1,575", "4 + 7 is 12", "4.5 + 3.7 = 8",
     "7 + 4 = 2 * 9", "100 + 1 = 2 * 50", "10 / 4 = 3", "15 / 2 = 7", "100 / 3 = 34",
-    "12 - 18 = 9", "4 apples + 7 apples = 12 apples"])
+    "12 - 18 = 9", "4 apples + 7 apples = 12 apples", r"\( 9 \times 2 = 9 \)",
+    r"\frac{2}{3} - \frac{1}{4} = \frac{1}{12}"])
 def test_false_equations_are_read(text: str) -> None:
     assert [e.true for e in equations(text)] == [False]
 
@@ -234,7 +238,11 @@ def test_false_equations_are_read(text: str) -> None:
     "sales (2018) = 41", "= 3", "5 = 5", "x = 4", "3 + 4 = ²", "ages 18-29 = 42%",
     "24V + 15 + 6 = 141", "x*4 + 240 = 1920",
     "2 hours = 120 minutes", "half of 60 is 60/2 of it", "3 + 4 = 7x", "1/2 (68) + 10 = 44",
-    "4 + 7 = eleven hundred"])
+    "4 + 7 = eleven hundred",
+    # From published solutions whose answers are right.
+    "she received 1/2 dozen = 6 brownies", "1 1/2 dozen = 18 brownies", "This 2/5 equals 12.8",
+    "3/4 gallon = (3/4) * 8 = 6 pints", "W2 = W1 + 10 = 20 + 10 = 30",
+    "24 x 50 percent = 12 pounds", "35 + 25 = (3/4)(F - 5)"])
 def test_what_is_no_equation_or_cannot_be_read_is_not_called_false(text: str) -> None:
     assert not [e for e in equations(text) if e.true is False]
 

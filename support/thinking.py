@@ -189,13 +189,15 @@ CUES = (rf"\b(?:{MORE}|together|total|sum|altogether|combined|differ\w*|gap|twic
 STEP = r"\b(?:step|part|no\.?) \||#\||\|(?:st|nd|rd|th)\b|(?:^|\n) *\|[.)] \S"
 COUNT = (rf"\| (?!(?:and|or|so|is|are|was|from|with|for|to|in|as|at|which|because|but|{MORE}"
          r"|plus|minus|times|divided|multiplied|equals|percent|\w+illion|thousand)\b)[a-z]{3}")
+WORTH = {"half": 2.0, "twice": 2.0, "double": 2.0, "third": 3.0, "triple": 3.0, "quarter": 4.0,
+         "dozen": 12.0}
 MONTHS = dict(zip(map(str.lower, [*month_abbr, *month_name]),
                   map(str.lower, [*month_name, *month_abbr]), strict=True))
 
 
 def _padded(pattern: str, sign: str, text: str) -> str:
     """Put a sign for what matches, and spaces before it: all else stays in its place."""
-    return re.sub(pattern, lambda match: sign.rjust(len(match[0])), text)
+    return re.sub(pattern, lambda match: match.expand(sign).rjust(len(match[0])), text)
 
 
 def _typed(text: str) -> str:
@@ -273,7 +275,10 @@ def quoted_numbers(thinking: str, facts: str,
     readings, many = _readings(text, facts), len(read_facts(facts)[0])
     known = {round(value, digits) for value in _values(_typed(facts), SIGNED)
              for digits in (0, 1, 2, 6)}
-    given = {*_values(question)} - {abs(value) for value in known}
+    named = {n for word, n in WORTH.items() if word in question.lower()}  # half is / 2
+    given = ({*_values(question)} | named) - {abs(value) for value in known}
+    percent = _values(_typed(f"{facts} {question}"), rf"({NUMBER}) ?%")
+    known |= {round(value / 100, 6) for value in percent}  # 30 % is 0.3
     known |= _derived(written, {abs(value) for value in known} | given, many)
     places = {i: e for e in written for i in range(*e.span)}
     found: list[tuple[int, int, bool | None]] = []
@@ -331,8 +336,11 @@ class Equation:
 
 # What makes text calculation: operators as signs, no units; apart are list commas and full stops.
 UNIT = (r"(?:/ ?[a-z]{2,}| \([a-z ]{1,30}\)"
-        r"| (?!(?:and|so|of|because|which|that|if|or|as|is|are|gives)\b)[a-z]{2,})")
+        r"| (?!(?:and|so|of|because|which|that|if|or|as|is|are|gives|per ?cent)\b)"
+        r"[a-z]{2,})")
 CALCULATION = {
+    r"\\(?:times|cdot)\b": "*", r"\\div\b": "/",
+    r"\\[dt]?frac ?{([^{}]{1,30})} ?{([^{}]{1,30})}": r"((\1)/(\2))",
     r"\bplus\b": "+", r"\bminus\b": "-", r"\bdivided by\b": "/", r"\bequals\b": "=",
     r"\b(?:times|multiplied by)\b|(?<![a-z])x(?= {0,3}[\d(.])": "*",
     r"\b(?:about|roughly|only|exactly)\b": "",
@@ -344,8 +352,8 @@ CALCULATION = {
 OPERAND = rf"(?:\( ?){{0,4}}-?(?:\d{{1,2}} {{1,7}}\d/\d+|{NUMBER})%?(?: ?\)){{0,4}}"
 EXPRESSION = rf"(?:(?<![\w)%])-)?{OPERAND}(?:(?: *[-+*/^] *-?|(?=\()){OPERAND})*"
 OPERATOR = r"[\d)%] *[-+*/^]|\d\("
-# Before an expression that began earlier: V + 15, his 25 + his 1, 1/2 (68), 13,2000, 6:00 + 18.
-BEFORE = r"(?:[\w)%] *- *(?:[a-z]+ )?|[*/+^@][ ;]*(?:[a-z]+ )?|\d[:;]|\) +).$|\d \($"
+# Before an expression that began earlier: V + 15, his 25 + his 1, 1/2 (68), 13,2000, 6:00 + 18, W1.
+BEFORE = r"(?:[\w)%] *- *(?:[a-z]+ )?|[*/+^@][ ;]*(?:[a-z]+ )?|\d[:;]|\) +).$|\d \($|[a-z]\d$"
 
 
 @lru_cache(maxsize=4)  # judging one response asks for them three times
@@ -366,12 +374,15 @@ def equations(thinking: str) -> list[Equation]:
         after = text[b.end():b.end() + 5]
         unread = (not in_chain  # `4 + 7 = eleven`, `V + 15 = 141`, `3 + 4 = 7x`
                   or re.search(BEFORE, text[max(0, a.start() - 9):a.start()] + left[:1])
-                  or re.match(r"[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]|;;", after))
+                  or re.match(r"\(?[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]|;;", after))
         true = None if unread else _equal(side, number, after)
-        # `ages 18-29 = 42`, `half of 60 is 60 / 2` and `2 hours = 120 minutes` state values.
+        # `ages 18-29 = 42`, `half of 60 is 60 / 2`, `2 hours = 120 minutes`, `1/2 dozen = 6` state
+        # values.
         bounds = re.fullmatch(r"(\d\d+)-(\d\d+)", side)
         if true is False and (not by_left or link == "≡" and by_right
-                              or bounds and int(bounds[1]) < int(bounds[2])):
+                              or bounds and int(bounds[1]) < int(bounds[2])
+                              or re.fullmatch(r"(?:\d+ +)?\d+/\d+", side)
+                              and re.search("[a-z]", _typed(thinking)[a.end():b.start()])):
             continue
         said = f"{left} = {right if in_chain else '?'}".replace(",", "")
         said = " ".join(re.findall(rf"{NUMBER}|\S", said))
