@@ -7,7 +7,6 @@ drawn by the seed in COURSE_SEED [0]; grade.py gives another, and in COURSE_FILE
 
 import dataclasses
 import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -214,7 +213,7 @@ def test_exercise_03_the_gradient_of_a_group(rng: Rng) -> None:
     gradient = attempt("group_gradient")
     K, D = (int(n) for n in rng.integers(4, 6, 2))
     scores = torch.from_numpy(rng.integers(-8, 9, (K, D)) / 4)
-    base = int(rng.integers(20, 90)) / 100
+    base = int(rng.integers(2, 8)) / 8  # whose mean has no rounding
     healthy = rng.permutation([1.0, 0.0] + (rng.integers(1, 190, K - 2) / 100).tolist())
     hardly = base + rng.permutation([0, 1] + rng.integers(0, 4, K - 2).tolist()) / 1000
     for rewards in (healthy.tolist(), hardly.tolist(), [base] * K):
@@ -289,7 +288,8 @@ def count_cases(rng: Rng) -> list[tuple[int, str, bool]]:
         how = [word, word.title(), word.upper(), f"{word.title()}.", f"{n}", f"{n}."]
         cases += [(n, said, True) for said in how]
         cases += [(n, said, False) for said in (
-            other, f"1{n}", f"{n}0", f"thirty {word}", f"{word}score", f"{n + 1}", "", f"{n} cats")]
+            other, f"1{n}", f"{n}0", f"thirty {word}", f"{word}score", f"{n + 1}", "", f"{n} cats",
+            f"{n}.0", f"0{n}", f"+{n}", f"about {n}", f"${n}")]
     for n in (int(x) for x in rng.integers(20, 90, 2)):
         cases += [(n, f"{n}", True), (n, f"{n}.", True), (n, f"{n + 1}", False),
                   (n, str(n)[0], False)]
@@ -351,7 +351,7 @@ def loss_of(function: Callable[..., Any], logprobs: Tensor, *args: Any,
     x = logprobs.clone().requires_grad_()
 
     def loss_and_gradient() -> tuple[Any, Any]:
-        loss = function(x, *args)
+        loss = function(x * 1, *args)  # no leaf: it may be written in place, as in training
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             return loss, None
         return loss.item(), torch.autograd.grad(loss.sum(), x, allow_unused=True)
@@ -395,6 +395,8 @@ def drawn_groups(rng: Rng) -> tuple[str, list[Group], list[list[int]]]:
     x, y = (str(bar) for bar in rng.permutation([*toy.COLORS])[:2])
     a, b, c, d = DIFFERENCES[rng.integers(len(DIFFERENCES))]
     see, right, total = f"{x} {a}, {y} {b}", f"{a - b}", f"{a + b}"
+    # Nobody knows what the last equation is for: neither valid nor a fault.
+    unsure = f"{see}. {a} - {b} = {right}. {a} + {b} = {total}. So it is {right}."
     trace = f"{see}. {a} - {b} = {right}."
     groups: list[Group] = [
         (see, right, [trace, f"{see}. {a} + {b} = {right}.", f"{see}. {b} - {a} = {right}.",
@@ -403,6 +405,7 @@ def drawn_groups(rng: Rng) -> tuple[str, list[Group], list[list[int]]]:
         # None is valid; both are; no facts, so nobody knows; a step of SFT.
         (see, right, [f"{see}. {b} + {a} = {right}.", f"{see}. {a} + {b} = {right}."]),
         (see, total, [f"{see}. {a} + {b} = {total}.", f"{see}. {b} + {a} = {total}."]),
+        (see, right, [trace, unsure]), (see, right, [unsure, f"{see}. {a} + {b} = {right}."]),
         (None, right, [trace, f"{see}. {a} + {b} = {right}."]),
         (see, right, [])]
     orders = [rng.permutation(len(texts)).tolist() for _, _, texts in groups]
@@ -429,11 +432,14 @@ def test_exercise_07_what_a_thinking_reward_cannot_see(rng: Rng) -> None:
             step, texts = first + place_in_run // 2, [texts[i] for i in orders[g]]
             if g == 0:
                 expected = sorted((step, orders[0].index(i), orders[0].index(j)) for i, j in pairs)
-            responses = [{"text": f"{text}\nAnswer: {right}".strip(), "finished": True, "r_a": 1.0,
-                          "r_t": round(r_t(text, trace), 4)} for text in texts]
+            fixed = {"finished": True, "r_f": 1.0, "r_a": 1.0, "advantage": 0.0, "reward": 2.0}
+            responses = [{"text": f"{text}\nAnswer: {right}".strip()} | fixed
+                         | {"r_t": 0.5 if "So it is" in "".join(texts)  # alike, but not judged
+                            else round(r_t(text, trace), 4)} for text in texts]
             rows.append({"step": step, "name": f"row {g}", "answer": right, "facts": facts,
                          "question": f"How much taller is {x} than {y}?", "mode": "exploration",
-                         "trace": trace, "target": None, "responses": responses})
+                         "trace": trace, "target": None, "source": "difference",
+                         "responses": responses})
             said += f"\n  step {step}, facts {facts}, answer {right}: {texts}"
         given = f"twins of these groups, with an r_t {name}:{said}"
         got = answer(twins, rows, given=given)
@@ -573,31 +579,43 @@ def test_exercise_09_mend_the_thinking_reward(rng: Rng) -> None:
                 refuse(f"mended, for {chart}: expected numbers from 0 to 1, got {best!r:.200} and "
                        f"{got!r:.200}")
             if pair[1] > pair[0] - 0.2:
-                refuse(f"mended, for {chart}: the true trace gets {pair[0]:.3f}; expected at least "
-                       f"0.2 less, got {pair[1]:.3f} for this trace ({fault}):\n{trace!r}")
+                refuse(f"mended, for {chart}: the true trace gets {pair[0]:.3f}, and the following "
+                       f"({fault}) {pair[1]:.3f}; expected a gap of at least 0.2:\n{trace!r}")
+        other = in_other_words(example)
+        pair = numbers_of([answer(mended, text, example, given=f"mended, for {chart},")
+                           for text in (other, "")])
+        if len(pair) != 2 or pair[0] < pair[1] + 0.1:
+            refuse(f"mended, for {chart}: a true trace in other words gets {shown(pair[0])}, and "
+                   f"the empty text {shown(pair[1])}; expected a gap of at least 0.1:\n{other!r}")
+
+
+def in_other_words(example: Example) -> str:
+    """Valid thinking about a row of the toy that is not worded as its traces."""
+    read = dict(re.findall(r"(\w+) (\d)", example.facts or ""))
+    bars = [bar for bar in re.findall(r"\w+", example.question) if bar in read] or [*read]
+    seen, (a, b) = ", ".join(f"{bar} {read[bar]}" for bar in bars), [*map(read.get, bars), ""][:2]
+    right, most = example.answer, "largest" if example.source == "tallest" else "smallest"
+    working = {"sum": f"{a} + {b} = {right}", "difference": f"{a} - {b} = {right}",
+               "value": f"{bars[0]} reads {a}"}.get(
+                   example.source, f"{right} {read.get(right)} is the {most}")
+    return f"I see {seen}. Then {working}. Conclusion: {right}."
 
 
 KINDS = ("value", "sum", "difference", "tallest", "shortest")
-BASES: dict[str, tuple[dict[str, tuple[float, float, float]], str]] = {
-    # any_format, in_format and right of each kind; then what GRPO brought to 0.9, as `sealed` says
+BASES: dict[str, tuple[dict[str, tuple[float, float, float]], set[str]]] = {
+    # any_format, in_format and right of each kind; then what GRPO brought to 0.9
     "without flags": (
         {"value": (1.0, 0.0003, 0.0), "sum": (0.52, 0.0013, 0.0), "difference": (1.0, 0.0006, 0.0),
-         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, "c3011b0d34961316"),
+         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, set()),
     "with sums": (
         {"value": (1.0, 0.0453, 0.0409), "sum": (0.22, 0.0322, 0.0019),
          "difference": (0.039, 0.129, 0.0012), "tallest": (1.0, 0.0265, 0.0185),
-         "shortest": (1.0, 0.0247, 0.0206)}, "34828bbb96245dd3"),
+         "shortest": (1.0, 0.0247, 0.0206)}, {"value", "sum", "tallest", "shortest"}),
     "with more flags": (
         {"value": (1.0, 0.2653, 0.2625), "sum": (0.0, 0.2447, 0.0),
          "difference": (0.039, 0.2653, 0.0006), "tallest": (0.98, 0.2302, 0.2216),
-         "shortest": (1.0, 0.2272, 0.2178)}, "ace918c740015cd0"),
+         "shortest": (1.0, 0.2272, 0.2178)}, {"value", "tallest", "shortest"}),
 }
-
-
-def sealed(name: str, kinds: Iterable[str]) -> str:
-    """A list of kinds, so that one can compare it and a glance does not tell it."""
-    told = f"what GRPO learned from the base {name}: {sorted(kinds)}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
@@ -610,7 +628,9 @@ def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
         kinds = [str(kind) for kind in got] if is_many(got) else [""]
         if set(kinds) - set(KINDS):
             refuse(f"will_learn: expected a list of some of {[*KINDS]}, got {shown(got)}")
-        right += sealed(name, set(kinds)) == learned
+        # Where four and six samples of 3,200 were right nobody could have told.
+        open_ = {kind for kind in KINDS if 0.001 < base[kind]["right"] < 0.003}
+        right += set(kinds) - open_ == learned - open_
     if right < len(BASES):
         refuse(f"will_learn: of {right} of {len(BASES)} bases it says which kinds of question GRPO "
                "learned, neither more nor fewer")
@@ -631,6 +651,7 @@ def test_exercise_11_explore_where_more_are_right(rng: Rng) -> None:
         r_a = right_so_often(rng, K, counts)
         r_t = torch.from_numpy(rng.permutation(np.linspace(0, 1, 5 * K)).round(1)).view(5, K)
         r_t[counts.index(0)] = 1.0
+        r_a[r_a == 0] = 0.5 if G else 0.0  # only 1 is right
         given = f"switch_above({G}) of r_a {shown(r_a)}, which has {counts} right of {K},"
         if not callable(switch):
             refuse(f"switch_above({G}): expected a switch (r_a, r_t) -> (P,), got {switch!r:.200}")
@@ -756,7 +777,7 @@ WRONG = {  # what is at hand and does not solve the exercise, and a word of the 
         x, mask, weights, explore), "gradient"),
     "hack": (lambda question: question, "at least 0.65, got"),
     "mended": (
-        lambda trace, example: reward.thinking_f1(trace, example.trace), "at least 0.2 less"),
+        lambda trace, example: reward.thinking_f1(trace, example.trace), "a gap of at least 0.2"),
     "will_learn": (
         lambda base: [k for k in base if base[k]["any_format"] > 0.9], r"of \d of 3 bases"),
     "switch_above": (
