@@ -2,8 +2,8 @@
 
 A single-file reference of "Empowering Small VLMs to Think with Dynamic Memorization and
 Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061). The paper is in the section "The
-method": Eq. 1, 2, 6, 7 and 8, in that order, then `train_step`, which puts them together. Rewards
-are in reward.py; what the paper takes for granted (data, run folders) is in support/.
+method": Eq. 2, 6, 7 and 8 (Eq. 1's target is made by `target_ids`), then `train_step`, which puts
+them together. Rewards are in reward.py; what the paper takes for granted is in support/.
 
 This file is complete, and plain. What makes it faster, or compares it with something else, is an
 extra: it imports this file, and is loaded where its flag is read (`EXTRAS`, and `plain`).
@@ -76,7 +76,7 @@ class Config:
     lr: float = flag(0.0, "peak learning rate (0: the mode's own)")
     warmup: int = flag(10, "steps of warm-up, before linear decay")
     thinking_weight: float = flag(1.0, "w_t, weight of r_t (grpo, two-stage: 0)")
-    format_weight: float = flag(0.0, "w_f, weight of r_f (the paper has none)")
+    format_weight: float = flag(0.0, "w_f of r_f, 1 if in the format (paper: none)")
     beta: float = flag(0.0, "weight of KL in grpo and two-stage (Eq. 3)")
     released_code: bool = flag(False, "depart from the paper as the release does")
     # Visual supervision: Full DyME
@@ -220,7 +220,7 @@ def check_model(model: Model) -> None:
     prefix = encode_prefix(model, inputs, torch.tensor([0, 0]))
     states = extend(model, prefix, ids[:, -1:].expand(2, 1), torch.ones(2, 1, dtype=torch.long))
     ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -1:].float()
-    # Rounding alone may move a logit by 2e-3 in a trained model; what is meant here moves all.
+    # Rounding alone may move a logit by 2e-3 in a trained model; a real mismatch moves all of them.
     if not (ours - theirs).abs().max() < 0.01 * (theirs.max() - theirs.min()):
         raise ValueError("its positions, its cache or its logits are of a kind not known here")
 
@@ -566,7 +566,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """
     mean = rewards.mean(1, keepdim=True)  # (P, 1)
     # The population's deviation (divide by K). With K = 8 the sample's would make advantages 6.5 %
-    # smaller, and memorization heavier by as much in Eq. 8.
+    # smaller, beside memorization, which keeps its weight in Eq. 8.
     std = rewards.std(1, keepdim=True, correction=0)
     advantages = (rewards - mean) / (std + eps)
     # Exactly 0, without rounding error, so that `update` can leave such groups out.
@@ -708,10 +708,10 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
 def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
              inputs: Iterable[Inputs] | None = None) -> Step:
     """The SFT baseline: imitate the references of P prompts (Eq. 1)."""
-    P, clock, own = len(examples), [time.perf_counter()] * 4, share(len(examples))
-    examples, sequences = examples[own.start:own.stop], []
-    for i, example in enumerate(examples):
-        sequences.append(Sequence(i, target_ids(trainer.policy, example), 1 / P, False))
+    own, clock = share(P := len(examples)), [time.perf_counter()] * 4  # all counts as update
+    examples = examples[own.start:own.stop]
+    sequences = [Sequence(i, target_ids(trainer.policy, example), 1 / P, False)
+                 for i, example in enumerate(examples)]
     # SFT takes K times as many prompts as DyME: encoded one micro-batch at a time they fit.
     inputs = encoded(trainer, examples, inputs)
     record = Step(step, examples, inputs, torch.zeros(len(examples), dtype=torch.bool), sequences)
@@ -972,7 +972,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     scaler = parallel.gradient_scaler(policy.model, cfg.precision)
-    # As these names are now: who put another function in the place of one means it.
+    # Looked up here, so that a function put in the place of `dyme.judge` and the like is used.
     trainer = Trainer(cfg, policy, optimizer, scaler, judge=judge, switch=any_correct,
                       advantages=group_advantages)
     if dist.is_initialized():
@@ -1054,8 +1054,8 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
                  prompt: str = PROMPT) -> Inputs:
     """`encode_prompts` in a thread, with its own processor; ready for the device."""
     on_cpu = replace(policy, device=torch.device("cpu"), processor=processor)
-    # A thread that leaves autocast drops the weights cast in all threads; a CUDA graph reads them.
-    half = getattr(policy.autocast(), "fast_dtype", None)  # so it is not entered here
+    # Not entered: a thread that leaves autocast drops all cast weights, which CUDA graphs read.
+    half = getattr(policy.autocast(), "fast_dtype", None)
     return parallel.for_device(encode_prompts(on_cpu, examples, room, prompt), policy.device, half)
 
 

@@ -109,7 +109,7 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
     batch = args.batch or (64 if made else 8 if few else 32)
     own = {"max_new_tokens": Config.max_new_tokens} | PRESETS.get(data.name_of(source), {}) | saved
     longest = args.max_new_tokens or (
-        own["max_new_tokens"] if made else min(1024, int(policy.context / 2)))
+        own["max_new_tokens"] if made else int(min(1024, policy.context / 2)))
     predictions = parallel.while_it_fits(batch, lambda size: respond(
         policy, examples, longest, size, prompt=prompt))
     summary = {"model": name, "weights": weights, "data": source, "prompt": args.prompt}
@@ -119,7 +119,8 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
             policy, examples, longest, size, k, args.temperature, args.seed, prompt))
         groups = [drawn[i:i + k] for i in range(0, len(drawn), k)]
         kept = ("response", "parsed", "accuracy")
-        summary |= vote(groups)
+        standard = [g for g in groups if not thinking.is_new(g[0]["source"])]
+        summary |= vote(standard or groups)  # the rows that accuracy counts
         for prediction, group in zip(predictions, groups, strict=True):
             prediction["samples"] = [{key: sample[key] for key in kept} for sample in group]
     if parallel.is_main():
@@ -175,7 +176,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
     """Print a line of at most 100 columns per model; below, other scores, and means over seeds."""
     print(f"{'model':18} mode      seed  rows {' '.join(COLUMNS.values())}")
     for row in table:
-        name = row["model"].removeprefix("runs/") + " (best)" * (row.get("weights") == "best")
+        name = Path(row["model"]).name + " (best)" * (row.get("weights") == "best")
         name = name if len(name) <= 18 else f"…{name[-17:]}"
         cells = [f"{shown(row.get(key)):>{len(head)}}" for key, head in COLUMNS.items()]
         print(f"{name:18} {row['mode']:9} {row['seed']:>4} {row['rows']:5} {' '.join(cells)}")

@@ -1161,8 +1161,10 @@ def test_samples_are_drawn_as_asked_and_of_the_test_split(
     def respond(policy: Policy, rows: list[Example], tokens: int, batch: int,
                 *rest: Any, **_: Any) -> list[Row]:
         asked.append((rows[0].name, *rest))
-        return [{"response": "", "parsed": None, "accuracy": False} for _ in range(rest[0])] \
-            if rest else [{"response": ""}]
+        # A standard row that is wrong, and a new combination that is right.
+        kinds = ["value", "new_equal_sum"]
+        return [{"response": "", "parsed": "7", "accuracy": kind != "value", "source": kind}
+                for kind in kinds for _ in range(rest[0] if rest else 1)]
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "respond", respond)
@@ -1170,6 +1172,8 @@ def test_samples_are_drawn_as_asked_and_of_the_test_split(
     evaluation.main(["tiny", "--plain", "--samples", "2", "--temperature", "0.5", "--seed", "3",
                      "--limit", "1"])
     assert asked == [("toy test row 0",), ("toy test row 0", 2, 0.5, 3, dyme.PROMPT)]
+    saved = json.loads((tmp_path / "runs" / "eval-tiny" / "evaluation.json").read_text())
+    assert (saved["pass@2"], saved["majority@2"]) == (0, 0)  # of the rows that accuracy counts
 
 
 def evaluate(*arguments: str) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from reward import Example
+from reward import FLAG, Example, answers_match, split_response
 from support import UserError, parallel, toy
 
 if TYPE_CHECKING:
@@ -160,8 +160,14 @@ def read_own(path: Path) -> Rows:
     examples = [own_row(row, path.parent, f"{path} {place}") for place, row in found]
     unread = {key for _, row in found if not (row.get("trace") or row.get("hint"))
               for key in row if re.match(LIKE_A_TRACE, key)} - {"trace", "hint"}
+    said = [(e, split_response(e.trace or "")[1]) for e in examples]
+    cut = [e.name for e, answers in said  # a trace may end in its answer line
+           if len(answers) > 1 or answers and not answers_match(answers[0], e.answer)]
     if unread and parallel.is_main():
         print(f"{path}: not read: {', '.join(sorted(unread))}; a trace is called `trace`")
+    if cut and parallel.is_main():
+        print(f"{path}: {len(cut)} traces are cut at a first {FLAG!r} that is not their end; "
+              f"the first: {cut[0]}")
     return examples, [row.get("image") or str(row["question"]) for _, row in found], []
 
 
@@ -177,6 +183,8 @@ def own_row(row: Any, folder: Path, name: str) -> Example:
         if slip in row and key not in row:
             raise UserError(f"{name}: `{slip}` is not read; did you mean `{key}`?")
     opener = image_opener(folder / image, name) if image else None
+    if split_response(answer)[1]:
+        raise UserError(f"{name}: `answer` holds {FLAG!r}, which the format puts before it")
     trace = trace or hint or ""
     return Example(question, answer, opener, trace if visible(trace) else None, facts, name=name)
 

@@ -343,7 +343,7 @@ def print_summary(run: Path, mode: str, steps: int) -> None:
         if None not in (before.get(name), after.get(name)):
             print(f"  {title:31} {before[name]:.3f} -> {after[name]:.3f}")
     folder = argument(run)
-    print(f"everything is in {run}; next: python eval.py {folder}, python eval.py report {folder}")
+    print(f"everything is in {run}; next: python eval.py {folder}; python eval.py report {folder}")
 
 
 def verdict(judged: dict[str, Any]) -> str:
@@ -351,7 +351,7 @@ def verdict(judged: dict[str, Any]) -> str:
     wrong = "answer wrong" if judged["in_format"] else "not in the format"
     answer = "answer right" if judged["accuracy"] else wrong
     fault = judged.get("thinking_fault")  # None without facts to judge by
-    if fault is None:
+    if fault is None or not (fault or judged["accuracy"]):  # true numbers alone are no thinking
         return answer
     known = fault if "not judged" in fault else f"false: {fault}"
     return f"{answer}; thinking {known if fault else 'valid'}"
@@ -366,9 +366,10 @@ def progress_bar(name: str, first: int, steps: int) -> tqdm:
 
 def answering_bar(parts: list[range]) -> tqdm:
     """The bar of an evaluation in `parts`."""
-    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets few lines
+    often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets few lines, or none
     quiet = len(parts) < 2 or not parallel.is_main()
-    return tqdm(parts, "answering", ncols=80, leave=False, disable=quiet, mininterval=often)
+    return tqdm(parts, "answering", ncols=80, leave=False, disable=quiet, mininterval=often,
+                delay=often)
 
 
 def advance(bar: tqdm, name: str, metrics: dict[str, Any]) -> None:

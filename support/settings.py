@@ -160,7 +160,8 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
 LOWEST = {"generations": 2, "temperature": 1e-6, "lr": 1e-12, "prompts": 1,
           "max_new_tokens": 1, "steps": 1, "eval_rows": 1, "helper_concurrency": 1}
 HIGHEST = 1e9  # of all but a seed
-SWITCHES = r"any-correct|anneal|explore|memorize|threshold:\d*\.?\d+|budget:[1-9]\d*"
+SWITCHES = (r"any-correct|anneal|explore|memorize|threshold:(0?\.\d+|[01](\.0+)?)"
+            r"|budget:[1-9]\d*")
 
 
 def check(cfg: Config, models: Iterable[str]) -> None:
@@ -192,7 +193,8 @@ def check(cfg: Config, models: Iterable[str]) -> None:
             cfg.helper_key_env and cfg.helper_key_env not in os.environ,
         f"--beta belongs to --mode grpo and two-stage; {cfg.mode} has no KL term (Eq. 7)":
             cfg.beta and cfg.mode not in ("grpo", "two-stage"),
-        f"--data {cfg.data}: the tiny model reads only the toy; add --model {fitting}":
+        f"--data {cfg.data}: not the toy, which is all that the tiny model reads; add --model "
+        f"{fitting}":
             cfg.model == "tiny" and cfg.data.partition(":")[0] != "toy",
     }
     for message, wrong in refused.items():

@@ -159,6 +159,7 @@ GOOD = {"question": "q", "answer": "a"}
     ([GOOD | {"answer": " \n"}], "row 1: `answer` is empty, or shows nothing"),
     ([GOOD | {"question": "\u2060"}], "row 1: `question` is empty, or shows nothing"),
     ([GOOD | {"img": "x"}], "row 1: `img` is not read; did you mean `image`"),
+    ([GOOD | {"answer": "Answer: 5"}], "row 1: `answer` holds 'Answer:'"),
     ([GOOD | {"hints": "x"}], "row 1: `hints` is not read; did you mean `trace`"),
     ([GOOD | {"fact": "x"}], "row 1: `fact` is not read; did you mean `facts`"),
 ])
@@ -984,6 +985,15 @@ def test_fields_that_look_like_a_trace_but_are_not_read_are_told(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data.load_data(str(tmp_path / "rows.json"), "train")
     assert "not read: rationale; a trace is called `trace`" in capsys.readouterr().out
+
+
+def test_traces_that_end_before_their_answer_are_told(tmp_path: Path, capsys: Capture) -> None:
+    traces = ["Find the answer: it is 1.\nAnswer: 1", "So.\nAnswer: 1", "So."]
+    rows = [{"question": f"{i}?", "answer": "1", "trace": t} for i, t in enumerate(traces * 2)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data.load_data(str(tmp_path / "rows.json"), "train")
+    said = capsys.readouterr().out
+    assert "2 traces are cut at a first 'Answer:' that is not their end; the first: " in said
 
 
 def test_a_damaged_model_is_named_when_it_is_loaded(

@@ -377,7 +377,7 @@ def test_the_page_works_in_a_browser(reported: Path, width: int) -> None:
     assert out["errors"] == []
     assert (out["elements"], out["focus"], out["unnamed"]) == (0, 0, 0)
     assert out["wider"] <= 0
-    assert out["headline"].startswith("Of 2 runs")
+    assert out["headline"].startswith("All 2 runs end alike")
     assert out["titles"][0] == "“Q <b>?”: step 0, none of 4 right; step 2, 1 of 4 right"
     assert out["equations"][0] == "Eq. 6: max ra = max(0, 0, 0, 0) = 0, so memorize"
     assert out["equations"][2] == "Eq. 6: max ra = max(1, 0, 0, 0) = 1, so explore"
@@ -497,6 +497,8 @@ def test_the_headline_is_what_happened() -> None:
     several = story.headline([shown_run("g", "grpo", 0.0, 0.4), shown_run("a", "dyme", 0.0, 0.8),
                               shown_run("new", "sft", 0.0)])
     assert several.startswith("Of 2 runs, a ends highest: in 75 steps of DyME, accuracy")
+    alike = story.headline([shown_run("a", "dyme", 0.0, 0.002), shown_run("b", "sft", 0.0, 0.0)])
+    assert alike.startswith("All 2 runs end alike; a: in 75 steps of DyME")
     assert "(lowest: g, 0.40)" in several
     nothing = story.headline([shown_run("g", "grpo", 0.0, 0.0)])
     assert nothing.startswith("In 75 steps of GRPO, accuracy on held-out rows stayed at 0.00; on")

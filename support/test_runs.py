@@ -727,6 +727,8 @@ def test_only_plain_files_are_replaced(runs: Path, capsys: Capture) -> None:
 def test_thinking_that_is_not_judged_is_not_called_false(fault: str | None, said: str) -> None:
     judged = {"in_format": True, "accuracy": True, "thinking_fault": fault}
     assert run_folders.verdict(judged) == said
+    # True numbers under a wrong answer are no valid thinking.
+    assert "valid" not in run_folders.verdict(judged | {"accuracy": False})
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -776,6 +778,7 @@ def test_help_shows_flags_and_defaults_in_80_columns(capsys: Capture, monkeypatc
     ["--temperature", "nan"], ["--temperature", "inf"], ["--thinking-weight", "1e39"],
     ["--format-weight", "-1"], ["--beta", "nan", "--mode", "grpo"], ["--epochs", "inf"],
     ["--steps", "3", "--epochs", "2"], ["--switch", "budget:x"], ["--switch", "budget:1"],
+    ["--switch", "threshold:2"], ["--switch", "threshold:1.5"],
 ])
 def test_numbers_that_cannot_be_are_refused(
         runs: Path, capsys: Capture, flags: list[str]) -> None:

@@ -13,9 +13,10 @@ def headline(runs: list[Run]) -> str:
     first, last = rows[0], rows[-1]
     text = (f"n {last['step']} steps of {MODE_NAMES[best.cfg['mode']]}, accuracy on held-out rows "
             + moved(first["accuracy"], last["accuracy"]))
+    end, least = f"{last['accuracy']:.2f}", f"{others[-1]['accuracy']:.2f}"
     text = f"I{text}" if best is lowest else (
-        f"Of {len(done)} runs, {best.name} ends highest: i{text} "
-        f"(lowest: {lowest.name}, {others[-1]['accuracy']:.2f})")
+        f"All {len(done)} runs end alike; {best.name}: i{text}" if end == least else
+        f"Of {len(done)} runs, {best.name} ends highest: i{text} (lowest: {lowest.name}, {least})")
     for kind in hardest_kinds(rows)[:1]:
         if (key := f"accuracy_{kind}") in last:
             text += f"; on “{kind}”, where its base was worst, it {moved(first[key], last[key])}"
