@@ -81,6 +81,8 @@ def draw_curves(pen: ImageDraw.ImageDraw, curves: dict[str, list[tuple[int, floa
     for (mode, points), colour in zip(curves.items(), LINES, strict=False):
         places = [(RIGHT + width * s / last, top + height - height * a) for s, a in points]
         pen.line(places, colour, 4)
+        for x, y in places:
+            pen.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
         y = places[-1][1]
         while any(abs(y - other) < 22 for other in ends):  # names stay apart
             y += 4
@@ -106,8 +108,9 @@ def draw(folders: list[Path]) -> Image.Image:
     pen.rectangle((LEFT, 90, LEFT + 320, 410), outline="#bbbbbb")
     pen.text((LEFT, 30), "a chart", TEXT, font(22))
     y = write(pen, (LEFT, 430), [(example.question, TEXT)], 330, 22)
-    write(pen, (LEFT, y + 6), [("numbers ", GREY), ("true to the chart", TRUE), (" and ", GREY),
-                               ("false ones", FALSE)], 330, 18)
+    y = write(pen, (LEFT, y + 6), [(f"({example.facts})", GREY)], 350, 18)
+    write(pen, (LEFT, y), [("numbers: ", GREY), ("shown or derived", TRUE), (", ", GREY),
+                           ("false", FALSE)], 350, 18)
     y = 30
     for title, row in (("the base", base[name]), (f"after {modes[1]}", other[name]),
                        (f"after {modes[0]}", ours[name])):
