@@ -84,6 +84,8 @@ def implied(given: dict[str, Any]) -> dict[str, Any]:
 def read(run: Path, config: type) -> dict[str, Any]:
     """Read a run's settings from its `config.json`. Raises UserError if it has none that fit."""
     file = run / "config.json"
+    if not file.exists():
+        raise UserError(f"{run}: is not a run folder (it has no config.json)")
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         if not {"mode", "data", "steps", "prompts"} <= saved.keys():
