@@ -7,6 +7,7 @@ drawn by the seed in COURSE_SEED [0]; grade.py gives another, and in COURSE_FILE
 
 import dataclasses
 import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -602,20 +603,26 @@ def in_other_words(example: Example) -> str:
 
 
 KINDS = ("value", "sum", "difference", "tallest", "shortest")
-BASES: dict[str, tuple[dict[str, tuple[float, float, float]], set[str]]] = {
-    # any_format, in_format and right of each kind; then what GRPO brought to 0.9
+BASES: dict[str, tuple[dict[str, tuple[float, float, float]], str]] = {
+    # any_format, in_format and right of each kind; then what GRPO brought to 0.9, as `sealed` says
     "without flags": (
         {"value": (1.0, 0.0003, 0.0), "sum": (0.52, 0.0013, 0.0), "difference": (1.0, 0.0006, 0.0),
-         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, set()),
+         "tallest": (1.0, 0.0, 0.0), "shortest": (1.0, 0.0009, 0.0003)}, "c3011b0d34961316"),
     "with sums": (
         {"value": (1.0, 0.0453, 0.0409), "sum": (0.22, 0.0322, 0.0019),
          "difference": (0.039, 0.129, 0.0012), "tallest": (1.0, 0.0265, 0.0185),
-         "shortest": (1.0, 0.0247, 0.0206)}, {"value", "sum", "tallest", "shortest"}),
+         "shortest": (1.0, 0.0247, 0.0206)}, "7e26c5e63d1dd983"),
     "with more flags": (
         {"value": (1.0, 0.2653, 0.2625), "sum": (0.0, 0.2447, 0.0),
          "difference": (0.039, 0.2653, 0.0006), "tallest": (0.98, 0.2302, 0.2216),
-         "shortest": (1.0, 0.2272, 0.2178)}, {"value", "tallest", "shortest"}),
+         "shortest": (1.0, 0.2272, 0.2178)}, "ace918c740015cd0"),
 }
+
+
+def sealed(name: str, kinds: Iterable[str]) -> str:
+    """A list of kinds, so that one can compare it and a glance does not tell it."""
+    told = f"what GRPO learned from the base {name}: {sorted(kinds)}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
@@ -630,7 +637,7 @@ def test_exercise_10_which_skills_grpo_will_learn(rng: Rng) -> None:
             refuse(f"will_learn: expected a list of some of {[*KINDS]}, got {shown(got)}")
         # Where four and six samples of 3,200 were right nobody could have told.
         open_ = {kind for kind in KINDS if 0.001 < base[kind]["right"] < 0.003}
-        right += set(kinds) - open_ == learned - open_
+        right += sealed(name, set(kinds) - open_) == learned
     if right < len(BASES):
         refuse(f"will_learn: of {right} of {len(BASES)} bases it says which kinds of question GRPO "
                "learned, neither more nor fewer")
