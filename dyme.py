@@ -565,8 +565,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     A group without variance gets 0: its advantages have collapsed.
     """
     mean = rewards.mean(1, keepdim=True)  # (P, 1)
-    # The population's deviation (divide by K). With K = 8 the sample's would make advantages 6.5 %
-    # smaller, beside memorization, which keeps its weight in Eq. 8.
+    # The population's deviation (divide by K): with the sample's they are 6.5 % smaller at K = 8.
     std = rewards.std(1, keepdim=True, correction=0)
     advantages = (rewards - mean) / (std + eps)
     # Exactly 0, without rounding error, so that `update` can leave such groups out.
@@ -708,7 +707,8 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
 def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
              inputs: Iterable[Inputs] | None = None) -> Step:
     """The SFT baseline: imitate the references of P prompts (Eq. 1)."""
-    own, clock = share(P := len(examples)), [time.perf_counter()] * 4  # all counts as update
+    P, own = len(examples), share(len(examples))
+    clock = [time.perf_counter()] * 4  # all of it counts as update
     examples = examples[own.start:own.stop]
     sequences = [Sequence(i, target_ids(trainer.policy, example), 1 / P, False)
                  for i, example in enumerate(examples)]

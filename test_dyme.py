@@ -1176,6 +1176,23 @@ def test_samples_are_drawn_as_asked_and_of_the_test_split(
     assert (saved["pass@2"], saved["majority@2"]) == (0, 0)  # of the rows that accuracy counts
 
 
+def test_a_model_without_a_context_length_answers_in_1024_tokens(
+        tmp_path: Path, monkeypatch: Patch, tiny: Policy) -> None:
+    asked: list[int] = []
+
+    def respond(policy: Policy, rows: list[Example], tokens: int, *_: Any, **__: Any) -> list[Row]:
+        asked.append(tokens)
+        return [thinking.judge(row, "Answer: 1", True) | {"length": 3} for row in rows]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "respond", respond)
+    endless = dataclasses.replace(tiny, context=math.inf)
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: endless)
+    Path("rows.jsonl").write_text('{"question": "q", "answer": "1"}')
+    evaluation.main(["tiny", "--plain", "--data", "rows.jsonl"])
+    assert asked == [1024]
+
+
 def evaluate(*arguments: str) -> int:
     """Run eval.py in this process; its exit code."""
     return run_folders.run_main(lambda: evaluation.main([*arguments]))

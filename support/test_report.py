@@ -473,8 +473,8 @@ def test_the_story_looks_at_the_same_prompt_in_other_runs(tmp_path: Path) -> Non
     u = write_run(tmp_path / "u", [row | {"responses": []} for row in other], mode="sft")
     assert page_of(g, a, t, u)["stories"][0]["elsewhere"] == [
         "g (GRPO): step 1, none of 4 right, memorization; step 2, 2 of 4 right, exploration.",
-        "t (SFT): step 1, memorization.",
-        "u (SFT): imitated 2 times in SFT, the last at step 2."]
+        "t (SFT): visits in SFT: 1, the last at step 1.",
+        "u (SFT): visits in SFT: 2, the last at step 2."]
 
 
 def shown_run(name: str, mode: str, *accuracy: float, **more: float) -> records.Run:

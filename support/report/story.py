@@ -166,10 +166,8 @@ def tell(run: Run, shown: list[Row], number: int) -> Row | None:
         own = [group for group in other["groups"]
                if group["name"] == first["name"] and group["question"] == first["question"]]
         in_sft = [group["step"] for group in own if not group["responses"]]  # with nothing to tell
-        seen = [f"imitated {len(in_sft)} times in SFT, the last at step {in_sft[-1]}"
-                ] if len(in_sft) > 1 else []
-        seen += [f"{at(group)}, {group['mode']}" for group in own
-                 if group["responses"] or len(in_sft) == 1]
+        seen = [f"visits in SFT: {len(in_sft)}, the last at step {in_sft[-1]}"] if in_sft else []
+        seen += [f"{at(group)}, {group['mode']}" for group in own if group["responses"]]
         if seen:
             elsewhere.append(f"{other['name']} ({MODE_NAMES[other['mode']]}): {'; '.join(seen)}.")
     rated = ("how a helper rates the thinking" if run.cfg["helper_rates"] else
