@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import runpy
+import timeit
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,8 +249,7 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
     resolve, cpu, cuda = parallel.resolve_precision, model("cpu"), model("cuda")
     for native, found in ((False, [torch.float32, torch.float16]), (True, [torch.bfloat16] * 2)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {
-            "avx512_bf16": native}, raising=False)
+        monkeypatch.setattr(parallel, "bf16_is_faster", lambda native=native: native)
         assert [resolve(cpu), resolve(cuda)] == found
         assert resolve(model("cpu", 1e6)) == torch.float32  # the toy's
         for asked in (cpu, cuda):
@@ -258,6 +258,17 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
     # A run writes down what it found, and is resumed with that elsewhere.
     assert parallel.settle_precision(cpu, "auto") == "bf16"
     assert parallel.settle_precision(model("cpu", 1e6), "auto") == "float32"
+
+
+@pytest.mark.parametrize("has, half, single, found", [
+    (True, 1.0, 2.0, True), (True, 2.0, 1.0, False), (False, 1.0, 2.0, False)])
+def test_bf16_is_taken_where_it_multiplies_faster(
+        monkeypatch: Patch, has: bool, half: float, single: float, found: bool) -> None:
+    """It takes twice the time on some processors that have it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
+    monkeypatch.setattr(timeit, "repeat", lambda product, **_: [
+        9.0, half if product.args[0].dtype == torch.bfloat16 else single])
+    assert parallel.bf16_is_faster.__wrapped__() == found
 
 
 def test_a_run_writes_down_the_precision_that_it_found(runs: Path) -> None:
