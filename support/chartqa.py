@@ -11,13 +11,13 @@ from typing import Any
 
 import reward
 from reward import Example
-from support import UserError, data, domains
+from support import UserError, domains, row_files
 
 HUB = ("ahmed-masry/ChartQA", "ChartQA Dataset.zip")  # 875 MB
 REVISION = "af8b6f5c08c95085271561c2a3f9d15f2b5a9031"
 
 
-def read(name: str, split: str, augmented: bool) -> data.Rows:
+def read(name: str, split: str, augmented: bool) -> row_files.Rows:
     """Read a ChartQA split, with facts and trace from each chart's table. Raises UserError."""
     root = find(name)
     held_back = split != "test" and not (root / "val").is_dir()  # a tenth of train, by image
@@ -53,7 +53,7 @@ def chart_example(part: Any, kind: str, row: dict[str, Any], name: str) -> Examp
     image, question, answer = row["imgname"], row["query"].strip(), row["label"].strip()
     if PurePosixPath(image).name != image or "\\" in image:
         raise ValueError(f"the image name {image!r} points outside its folder")
-    opener = data.image_opener(part / "png" / image, name)
+    opener = row_files.image_opener(part / "png" / image, name)
     table = read_table(part / "tables" / f"{Path(image).stem}.csv")
     return Example(question, answer, opener, chart_trace(table, question, answer),
                    table_facts(table) or None, kind, name, tolerance=0.05)
@@ -64,7 +64,7 @@ def chart_example(part: Any, kind: str, row: dict[str, Any], name: str) -> Examp
 
 def read_table(path: Any) -> list[list[str]]:
     """Read a chart's CSV table; empty if there is none, or none with values. Raises UserError."""
-    lines = data.read_text(path, errors="replace").splitlines(True) if path.exists() else []
+    lines = row_files.read_text(path, errors="replace").splitlines(True) if path.exists() else []
     return [[cell.strip() for cell in line] for line in csv.reader(lines) if len(line) > 1]
 
 

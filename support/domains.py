@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 
 import reward
 from reward import Example
-from support import UserError, data, parallel
+from support import UserError, parallel, row_files
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Domain:
     hub: tuple[str, ...] = ()  # data set id and files, where they can be downloaded
 
 
-def read(source: str, split: str, augmented: bool) -> data.Rows:
+def read(source: str, split: str, augmented: bool) -> row_files.Rows:
     """Read a split of a domain, or of ChartQA. Raises UserError naming what is not there."""
     name, _, folder = source.partition(":")
     if name not in DOMAINS:
@@ -53,13 +53,13 @@ def read_usable(file: Any, make: Callable[[Any, str], Example | None]
                 ) -> tuple[list[tuple[Any, Example]], list[str]]:
     """A published file's rows and what `make(row, name)` makes of them; why others are skipped."""
     rows, skipped = [], []
-    for place, row in data.parse_rows(file):
+    for place, row in row_files.parse_rows(file):
         name = f"{file.name} {place}"
         try:
             if not (example := make(row, name)):
                 continue
             for key in ("question", "answer"):
-                if not data.visible(getattr(example, key)):
+                if not row_files.visible(getattr(example, key)):
                     raise ValueError(f"expected a string as {key}, got {getattr(example, key)!r}")
             rows.append((row, example))
         except (LookupError, TypeError, ValueError, AttributeError, UserError) as e:
@@ -86,7 +86,7 @@ def find_image(root: Path, folders: tuple[str, ...], image: str, name: str) -> A
     for folder in folders:
         places += [root / folder, *open_zip(root / f"{folder}.zip")]
     found = [place / image for place in places if (place / image).is_file()]
-    return data.image_opener((found or [places[0] / image])[0], name) if image else None
+    return row_files.image_opener((found or [places[0] / image])[0], name) if image else None
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
         if not isinstance(found := row.get(key) or [], list):
             raise ValueError(f"its {key} is no list of texts")
         # The places of choices count, those of the others do not.
-        lists.append([item for item in found if key == "choices" or data.visible(item)])
+        lists.append([item for item in found if key == "choices" or row_files.visible(item)])
     answers, choices, rationales = lists
     said, difficult = Counter(map(reward.plain, answers)), row.get("difficult_direct_answer")
     # *official* is the published soft accuracy, without the rows marked difficult; *any_match*, the
@@ -118,7 +118,7 @@ def aokvqa_row(row: dict[str, Any], root: Path, name: str) -> Example:
         if row["correct_choice_idx"] not in range(len(choices)):
             raise ValueError("its correct_choice_idx is none of its choices")
         choice = choices[row["correct_choice_idx"]]
-        if not data.visible(choice):
+        if not row_files.visible(choice):
             raise ValueError("its correct choice is empty")
         scores["multiple_choice"] = lambda given: float(reward.plain(given) == reward.plain(choice))
         target = choice if reward.plain(choice) in said else target
@@ -277,7 +277,7 @@ def same(given: Quantity, target: Quantity) -> bool:
 def join(examples: list[Example], file: str) -> list[Example]:
     """The rows that have a trace in a file, with it (as in Table S1). Raises UserError."""
     traces: dict[tuple[str, str], dict[str, str | None]] = {}
-    for place, row in data.parse_rows(Path(file)):
+    for place, row in row_files.parse_rows(Path(file)):
         try:
             answer, facts = str(row["answer"]), row.get("visual_fact")
             # GSM8K's marks for a calculator, and its answer line.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import dyme
 from reward import FLAG, Example, reference_response, split_response, verify
-from support import UserError, data, files, parallel, runs
+from support import UserError, data, files, parallel, row_files, runs
 from support.thinking import thinking_fault
 
 try:
@@ -248,7 +248,7 @@ class Helper:
     def read(self, said: str) -> str | None:
         """The reply in a server's JSON; empty if it was cut off, None if there is none."""
         try:
-            choice = data.parse_json(said)["choices"][0]
+            choice = row_files.parse_json(said)["choices"][0]
             text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
             if isinstance(text, list):  # parts, of which a thinking one has no "text"
                 text = "".join(part.get("text") or "" for part in text)

@@ -21,7 +21,7 @@ import dyme
 import eval as evaluation
 from dyme import Config, Policy
 from reward import Example, reference_response, verify
-from support import UserError, chartqa, data, domains, thinking, toy
+from support import UserError, chartqa, data, domains, row_files, thinking, toy
 from support import runs as run_folders
 from test_dyme import CPU, SHARED, Capture, Patch, Row, run
 
@@ -59,7 +59,7 @@ def wrong_against_themselves(examples: list[Example]) -> list[str]:
 
 def opened(image: Image.Image, folder: Path, suffix: str, **options: Any) -> np.ndarray:
     image.save(folder / f"picture{suffix}", **options)
-    return np.asarray(data.image_opener(folder / f"picture{suffix}", "row 1")())
+    return np.asarray(row_files.image_opener(folder / f"picture{suffix}", "row 1")())
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
