@@ -13,6 +13,7 @@ takes the text after the last flag, *any_format* the last word (more in support/
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import sys
 import textwrap
@@ -128,18 +129,33 @@ def evaluate_model(name: str, args: argparse.Namespace, stack: contextlib.ExitSt
         averages = predicted.with_name(f"evaluation{suffix}.json")
         files.write_atomically(averages, json.dumps(summary, indent=2) + "\n")
         print(f"wrote {predicted}", file=sys.stderr)
-    setting = runs.pooling_key(folder, saved, settings.CHANGEABLE_ON_RESUME) if saved else name
+    setting = pooling_key(folder, saved) if saved else name
     return {"mode": "base", "seed": "-"} | saved | summary | {"setting": setting}
 
 
 def load_test(run: Path, source: str, saved: dict[str, Any], limit: int) -> list[Example]:
     """The rows to test on; of your own rows, a run on them is tested on the tenth held back."""
     own_rows = source.endswith((".json", ".jsonl"))
-    held_back = runs.held_back(run, source, saved) if own_rows else []
-    rows = held_back or data.load_data(source, "test")
-    if own_rows and not held_back and parallel.is_main():
+    kept = held_back(run, source, saved) if own_rows else []
+    rows = kept or data.load_data(source, "test")
+    if own_rows and not kept and parallel.is_main():
         print(f"{run}: tested on all {len(rows)} rows of {source}", file=sys.stderr)
     return data.held_out(source, rows, limit or len(rows))
+
+
+def held_back(run: Path, source: str, saved: dict[str, Any]) -> list[Example]:
+    """The rows of a file that a run on it held back. Raises UserError if the file has changed."""
+    if not (saved.get("data", "").endswith((".json", ".jsonl")) and Path(source).is_file()):
+        return []
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
+        train, val = (data.load_data(source, split) for split in ("train", "val"))
+        now = runs.describe_rows(train, data.held_out(source, val, saved["eval_rows"]))
+        if now == runs.read_config(run).get("rows"):
+            return val
+    if Path(source).resolve() == Path(saved["data"]).resolve():
+        raise UserError(f"{source}: has changed since {run} trained on some of its rows; name "
+                        "other rows by --data, or bring the old ones back")
+    return []
 
 
 def open_for_writing(file: Path, stack: contextlib.ExitStack) -> None:
@@ -153,6 +169,13 @@ def open_for_writing(file: Path, stack: contextlib.ExitStack) -> None:
                 file.open("a").close()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def pooling_key(run: Path, saved: dict[str, Any]) -> str:
+    """What runs have in common that differ in nothing but the seed."""
+    free = settings.CHANGEABLE_ON_RESUME | {"seed"}
+    setting = {key: value for key, value in saved.items() if key not in free}
+    return json.dumps([len(files.read_jsonl(run / "metrics.jsonl")), setting])
 
 
 def vote(groups: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:

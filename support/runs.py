@@ -142,21 +142,6 @@ def check_unchanged(run: Path, source: str, rows: dict[str, Any]) -> None:
               file=sys.stderr)
 
 
-def held_back(run: Path, source: str, saved: dict[str, Any]) -> list[Example]:
-    """The rows of a file that a run on it held back. Raises UserError if the file has changed."""
-    if not (saved.get("data", "").endswith((".json", ".jsonl")) and Path(source).is_file()):
-        return []
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-        train, val = (data.load_data(source, split) for split in ("train", "val"))
-        now = describe_rows(train, data.held_out(source, val, saved["eval_rows"]))
-        if now == read_config(run).get("rows"):
-            return val
-    if Path(source).resolve() == Path(saved["data"]).resolve():
-        raise UserError(f"{source}: has changed since {run} trained on some of its rows; name "
-                        "other rows by --data, or bring the old ones back")
-    return []
-
-
 def seal(saved: dict[str, Any]) -> str:
     """A hash of a run's settings, but for those that may change."""
     free = settings.CHANGEABLE_ON_RESUME | {"rows", "saved", "seal", "began"}
@@ -483,12 +468,6 @@ def describe_groups(done: Step, tokenizer: PreTrainedTokenizerBase) -> list[dict
                      | {key: getattr(example, key) for key in
                         ("name", "source", "question", "answer", "facts", "trace")})
     return found
-
-
-def pooling_key(run: Path, cfg: dict[str, Any], changeable: set[str]) -> str:
-    """What runs have in common that differ in nothing but the seed."""
-    setting = {key: value for key, value in cfg.items() if key not in changeable | {"seed"}}
-    return json.dumps([len(files.read_jsonl(run / "metrics.jsonl")), setting])
 
 
 # ---- Signals and the end -------------------------------------------------------------------------

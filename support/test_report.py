@@ -550,7 +550,7 @@ def test_a_run_is_scored_in_its_precision_and_up_to_its_length(
     monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
     monkeypatch.setattr(evaluation, "respond", respond)
     monkeypatch.setattr(evaluation.thinking, "summarise", lambda _: {"rows": 1})
-    monkeypatch.setattr(evaluation.runs, "pooling_key", lambda *_: "")
+    monkeypatch.setattr(evaluation, "pooling_key", lambda *_: "")
     (tmp_path / "checkpoint").mkdir()
     for precision in ("float32", "bf16"):
         monkeypatch.setattr(evaluation.settings, "read",
