@@ -1,26 +1,23 @@
 """Make the toy's base again, from its recipe: `python -m support.make_toy_base [FOLDER [SEED]]`.
 
 The base lies in support/toy_base, so that everyone starts from the same weights. It is a tiny VLM
-of SmolVLM's architecture, pre-trained on lessons.
+of SmolVLM's architecture, pre-trained on lessons: half a million parameters, 64-pixel images, a
+vocabulary of words.
 """
 
 import itertools
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
-from transformers.models.idefics3 import Idefics3ImageProcessorPil, Idefics3Processor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import dyme
 from dyme import PROMPT, Policy, Sequence
-from reward import FLAG, Example, reference_response
+from reward import FLAG, Example
 from support import fast, runs, toy
 
 SEED, BATCH, WARMUP = 1, 64, 50
@@ -125,66 +122,17 @@ def worded(rng: np.random.Generator, read: list[str], goal: str, working: str, a
                           working=working, answer=answer)
 
 
-# ---- The model -----------------------------------------------------------------------------------
-
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>",
-                  "<fake_token_around_image>", "<image>", "<global-img>"]
-WORD = r" ?\w+| ?[^\w\s]|\s"  # a word takes the space before it along: decoding is joining
-
-
-def vocabulary() -> list[str]:
-    """All words of the toy's questions in their prompt, lessons and traces."""
-    texts = ["User:", "Assistant:", PROMPT.format(question=""), *toy.COLORS, *map(str, range(19))]
-    rows = [(e, reference_response(e)) for e in toy.make_examples("train", "high")[:50]]
-    for example, response in itertools.chain(rows, lessons(0, 500, 0.5)):
-        texts += [example.question, response]
-    words = {word for text in texts for word in re.findall(WORD, f"{text}\n {text}")}
-    return SPECIAL_TOKENS + sorted(words)
-
-
-def build_model(seed: int, words: list[str]) -> Any:
-    """Make an Idefics3, the architecture of SmolVLM, with half a million random parameters."""
-    # The default initializer_range of 0.02 is too small for such widths: some seeds never see.
-    both = {"num_attention_heads": 4, "initializer_range": 0.08}
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # places in SPECIAL_TOKENS
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "image_size": 64, "patch_size": 16, **both}
-    text = {"model_type": "llama", "vocab_size": len(words), "hidden_size": 96,
-            "intermediate_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 4,
-            "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": True,
-            **both, **ids}
-    torch.manual_seed(seed)
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(
-        "idefics3", image_token_id=5, scale_factor=1, tie_word_embeddings=True,
-        vision_config=vision, text_config=text, **ids), dtype=torch.float32)
-
-
-def build_processor(words: list[str]) -> Any:
-    """Make SmolVLM's processor for 64-pixel images and a word-level vocabulary."""
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
-        eos_token="<end_of_utterance>", additional_special_tokens=SPECIAL_TOKENS[2:])
-    images = Idefics3ImageProcessorPil(
-        do_image_splitting=False, size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
-    template = (
-        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}"
-        " {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}")
-    return Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
+# ---- Pre-training --------------------------------------------------------------------------------
 
 
 def new_policy(seed: int) -> Policy:
-    """The tiny model with random weights, on the CPU."""
-    words = vocabulary()
-    model, processor = build_model(seed, words), build_processor(words)
+    """The tiny model with random weights, on the CPU; form and words are those in toy_base/."""
+    # There initializer_range is 0.08: with the default, 0.02, some seeds never see.
+    config = AutoConfig.from_pretrained(toy.BASE)
+    processor = AutoProcessor.from_pretrained(toy.BASE)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return fast.speed_up(dyme.make_policy(model, processor, torch.device("cpu")))
-
-
-# ---- Pre-training --------------------------------------------------------------------------------
 
 
 def teach(policy: Policy, lessons: Iterator[tuple[Example, str]], steps: int, batch: int,

@@ -63,6 +63,12 @@ def test_no_lesson_of_the_base_shows_a_chart_of_the_toy_or_what_it_lacks() -> No
     assert not left_to_chance.isdisjoint(facts)
 
 
+def test_the_vocabulary_has_every_word_of_the_lessons(tiny: dyme.Policy) -> None:
+    for example, response in make_toy_base.lessons(0, 500, 0.5, 0.2, 0.4):
+        ids = tiny.tokenizer(f"{example.question}\n{response}").input_ids
+        assert tiny.tokenizer.unk_token_id not in ids
+
+
 @pytest.mark.parametrize("more, share", [(0.0, 1 / 9), (0.2, 0.2 + 0.8 / 9)])
 def test_a_share_of_calculations_is_of_equal_numbers(more: float, share: float) -> None:
     rng = np.random.default_rng(0)
@@ -201,6 +207,7 @@ TEMPLATE = """{% for m in messages -%}
 def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
     tokenizer, llm = new_policy(0).tokenizer, tmp_path / "llm"
     tokenizer.chat_template = TEMPLATE
+    tokenizer._processor_class = None  # it stands alone
     torch.manual_seed(0)
     own = {"vocab_size": len(tokenizer), "eos_token_id": 3}
     config = AutoConfig.for_model("llama", **(TEXT | own))
