@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -78,7 +79,28 @@ def implied(given: dict[str, Any]) -> dict[str, Any]:
         defaults["thinking_weight"] = 0.0  # the paper rewards the baselines by r_a alone
     if given.get("released_code"):
         defaults["format_weight"] = 1.0
+    if "resume" not in given:
+        tell_idle(given)
     return defaults
+
+
+SAMPLING = {"dyme", "grpo", "two-stage"}
+# Flags that do something only beside some values of another, which has this default.
+ONLY_WITH = {"traces": ("data", "toy", {"toy", "sums", "charts"}),
+             "sft_steps": ("mode", "dyme", {"two-stage"}),
+             "temperature": ("mode", "dyme", SAMPLING),
+             "thinking_weight": ("mode", "dyme", SAMPLING)}
+
+
+def tell_idle(given: dict[str, Any]) -> None:
+    """Warn of flags that have no effect in this run."""
+    # No error: whoever compares modes in a loop gives all of them the same flags.
+    for name in sorted(given.keys() & ONLY_WITH.keys()):
+        other, default, values = ONLY_WITH[name]
+        value = given.get(other, default)
+        if value.partition(":")[0] not in values:
+            print(f"warning: {flag(name)} has no effect with {flag(other)} {value}",
+                  file=sys.stderr)
 
 
 def read(run: Path, config: type) -> dict[str, Any]:

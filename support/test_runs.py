@@ -85,6 +85,21 @@ def test_epochs_are_passes_over_the_data_in_every_mode(mode: Any, steps: int) ->
     assert cfg.steps == 7 * steps
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--mode", "sft", "--sft-steps", "9"], ["--sft-steps has no effect with --mode sft"]),
+    (["--mode", "sft", "--temperature", "0.5", "--thinking-weight", "2"],
+     ["--temperature has no effect with --mode sft",
+      "--thinking-weight has no effect with --mode sft"]),
+    (["--model", str(toy.BASE), "--data", "a.jsonl", "--traces", "high"],
+     ["--traces has no effect with --data a.jsonl"]),
+    (["--data", "toy:withheld", "--traces", "high", "--temperature", "0.5"], []),
+    (["--mode", "two-stage", "--sft-steps", "9"], [])])
+def test_a_flag_without_effect_is_told(
+        flags: list[str], told: list[str], capsys: Capture) -> None:
+    dyme.parse_config(flags)
+    assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in told]
+
+
 def test_steps_are_what_they_say_and_real_two_stage_gets_one_pass_of_sft() -> None:
     cfg = dyme.parse_config(["--model", str(toy.BASE), "--data", "x.jsonl", "--mode", "two-stage",
                              "--steps", "90"])
