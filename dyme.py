@@ -1083,10 +1083,10 @@ def train(cfg: Config) -> None:
         with settings.loading(cfg.model, NAMES):
             transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     with runs.opened(cfg) as (examples, held_out):
-        run(cfg, examples, held_out)
+        train_and_evaluate(cfg, examples, held_out)
 
 
-def run(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
+def train_and_evaluate(cfg: Config, examples: list[Example], held_out: list[Example]) -> None:
     """Load, evaluate, train, evaluate, and say where everything is."""
     folder, device = Path(cfg.out), parallel.select_device(cfg.device)
     # Without a checkpoint yet, a resumed run starts from the beginning.
