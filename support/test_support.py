@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dyme
 import reward
@@ -205,9 +205,10 @@ TEMPLATE = """{% for m in messages -%}
 
 @pytest.mark.slow
 def test_a_text_only_policy_takes_the_same_path(tmp_path: Path, examples: list[Example]) -> None:
-    tokenizer, llm = new_policy(0).tokenizer, tmp_path / "llm"
-    tokenizer.chat_template = TEMPLATE
-    tokenizer._processor_class = None  # it stands alone
+    llm = tmp_path / "llm"
+    tokenizer = PreTrainedTokenizerFast(  # the toy's, which belongs to a processor, alone
+        tokenizer_object=new_policy(0).tokenizer.backend_tokenizer, chat_template=TEMPLATE,
+        eos_token="<end_of_utterance>", pad_token="<pad>", unk_token="<unk>")
     torch.manual_seed(0)
     own = {"vocab_size": len(tokenizer), "eos_token_id": 3}
     config = AutoConfig.for_model("llama", **(TEXT | own))
