@@ -5,8 +5,8 @@ Exploration" (Liu, Deng, Chen; ICLR 2026; arXiv 2506.23061). The paper is in the
 method": Eq. 2, 6, 7 and 8 (Eq. 1's target is made by `target_ids`), then `train_step`, which puts
 them together. Rewards are in reward.py; what the paper takes for granted is in support/.
 
-This file is complete, and plain. What makes it faster, or compares it with something else, is an
-extra: it imports this file, and is loaded where its flag is read (`EXTRAS`, and `plain`).
+This file is complete, and plain. What only speeds it up, or only serves comparison, is an extra: a
+module of support/ that imports this file, loaded if a flag asks for it (`EXTRAS`, and `plain`).
 
 Shapes: P prompts, K responses to each (a group), N = P K responses or sequences; L tokens of a
 prompt, T of a response; V words, D width. With several processes, p is this one's part of P.
@@ -46,7 +46,7 @@ from support import DivergedError, UserError, data, files, parallel, runs, setti
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 NONE = torch.zeros(0)  # stands for r_a, r_t, ... in steps of SFT, which sample nothing
-SHUFFLING, SAMPLING = 1, 2  # begin their seeds: else epoch 0 and step 0 would share random numbers
+SHUFFLING, SAMPLING = 1, 2  # first in a seed: shuffling epoch e and sampling step e must differ
 
 # ---- Settings: every field is a flag -------------------------------------------------------------
 
@@ -68,11 +68,11 @@ class Config:
     epochs: float = flag(0.0, "passes over the data; sets steps")
     prompts: int = flag(8, "prompts in a step (sft: x generations)")
     generations: int = flag(8, "K, the responses sampled for a prompt")
-    micro_batch: int = flag(64, "prompts in a pass (0: what fits)")
+    micro_batch: int = flag(64, "prompts in a forward pass (0: what fits)")
     max_new_tokens: int = flag(48, "length limit of a sampled response")
     temperature: float = flag(1.0, "sampling temperature")
     switch: str = flag("any-correct", "Eq. 6; or threshold:T, anneal, budget:N, ...")
-    sft_steps: int = flag(150, "two-stage: SFT before GRPO (0: a pass)")
+    sft_steps: int = flag(150, "two-stage: SFT before GRPO (0: one epoch)")
     lr: float = flag(0.0, "peak learning rate (0: the mode's own)")
     warmup: int = flag(10, "steps of warm-up, before linear decay")
     thinking_weight: float = flag(1.0, "w_t, weight of r_t (grpo, two-stage: 0)")
@@ -116,8 +116,8 @@ LEARNING_RATES = {
     "charts": {"dyme": 8e-5, "grpo": 8e-5, "two-stage": 8e-5, "sft": 8e-5},
     "real": {"dyme": 8e-5, "grpo": 1e-5, "two-stage": 1e-5, "sft": 1e-5}}
 
-# Modules of support/ that stand above this file, by the setting that asks for each: `attach` gives
-# the trainer other functions.
+# Modules of support/ that import this file, by the setting that asks for each; their `attach` puts
+# other functions into the trainer.
 EXTRAS = {"helper_url": "full_dyme", "switch": "ablations", "released_code": "ablations"}
 
 
@@ -167,8 +167,8 @@ class Policy:
     device: torch.device
     context: float  # how many tokens the model can take, prompt and response together
     autocast: Callable[[], contextlib.AbstractContextManager]  # the precision of forward passes
-    rollout: Callable[..., list["Response"]]  # `rollout` of this file, or a faster one
-    logprobs: Callable[..., tuple[Tensor, Tensor]]  # `sequence_logprobs`, or a faster one
+    rollout: Callable[..., list["Response"]]  # `rollout` or a faster one; both take a Policy
+    logprobs: Callable[..., tuple[Tensor, Tensor]]  # `sequence_logprobs`, likewise
     image_edge: int = 0
 
 
@@ -340,7 +340,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
         for picture in pictures:
             picture.thumbnail((edge or picture.width, edge or picture.height))
         images.append(pictures)
-    has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")
+    has_bos = texts[0].startswith(policy.tokenizer.bos_token or "\0")  # then add no second
     # Processors refuse lists of no images: without any, the argument is left out.
     with_images = {"images": images} if any(images) else {}
     try:
@@ -378,7 +378,7 @@ def encode_prefix(model: Model, inputs: Inputs, rows: Tensor | None = None) -> P
     """
     # The base model, without the head: no logits are made for the prompt.
     base, mask = model.base_model, inputs["attention_mask"]
-    # A pass of Qwen-VL sets this: not cleared, a batch without images would inherit the last one's.
+    # Qwen-VL's forward sets this; uncleared, a batch without images would reuse the previous one's.
     base.rope_deltas = None
     out = base(**inputs, use_cache=True)
     # Padding counts as positions. With rotary embeddings only distances matter, and there is no
@@ -434,9 +434,9 @@ def keyed_uniforms(seed: int, step: int, prompts: Iterable[int], generations: in
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample tokens (N,) by inverting the distribution of `logits: (N, V)` at `uniform: (N,)`.
+    """Sample tokens (N,) from `logits: (N, V)`: the first with a cumulative p > `uniform: (N,)`.
 
-    Also returns its entropy in nats, (N,). Temperature 0 is greedy.
+    Also returns each distribution's entropy in nats, (N,). Temperature 0 is greedy.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
@@ -456,13 +456,13 @@ class Samples:
     ids: Tensor  # (N, T)
     mask: Tensor  # (N, T) 1 up to and including the end token
     entropy: Tensor  # (N, T) of the distributions sampled from, in nats
-    finished: Tensor  # (N,) bool: an end token came before the length limit
+    finished: Tensor  # (N,) bool: ends with an end token, not cut off at the length limit
 
 
 @torch.no_grad()
 def sample(model: Model, prefix: Prefix, uniforms: Tensor, end_ids: list[int], pad_id: int,
            temperature: float) -> Samples:
-    """Sample a response to each of N prompts, a token at a time; `uniforms: (N, T)`."""
+    """Sample N responses, one to each row of `prefix`, a token at a time; `uniforms: (N, T)`."""
     ends = torch.tensor(end_ids, dtype=torch.long, device=uniforms.device)
     alive = torch.ones(len(uniforms), dtype=torch.bool, device=uniforms.device)
     ids, mask, entropies = [], [], []
@@ -487,7 +487,7 @@ class Response:
 
     ids: list[int]  # end token included
     text: str  # without it
-    finished: bool  # an end token came before the length limit
+    finished: bool  # ends with an end token, not cut off at the length limit
     entropy: float  # sum over its tokens, in nats
     in_format: bool = False  # one `Answer:` and something after it; known once it is judged
 
@@ -523,11 +523,11 @@ def rollout(policy: Policy, inputs: Iterable[Inputs], uniforms: Tensor, K: int,
 
 @dataclass
 class Sequence:
-    """A response to train on: sampled, or a target, which has advantage 1 (Eq. 4-5)."""
+    """A response to train on: one of K samples, or a target: a group of one, A = 1 (Eq. 4-5)."""
 
     prompt: int  # index of its prompt among those of this process
     ids: list[int]
-    weight: float  # its factor in the loss: A / (K P) if sampled, 1 / P for a target
+    weight: float  # its factor in the loss: A / (K P) if sampled; a target is alone, so 1 / P
     explore: bool  # was it sampled?
     kl_weight: float = 0.0  # factor of its KL to the reference policy: beta / (K P)
     per_token: Callable[[Tensor], Tensor] | None = None  # factors of its tokens, from their log p
@@ -536,17 +536,17 @@ class Sequence:
 def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: list[int],
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and mask, (N, T), of N sequences; sequence n continues prompt `prompts[n]`."""
-    targets = [torch.tensor(s.ids, device=policy.device) for s in sequences]
-    ids = pad_sequence(targets, batch_first=True)  # (N, T)
-    mask = pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
+    tokens = [torch.tensor(s.ids, device=policy.device) for s in sequences]
+    ids = pad_sequence(tokens, batch_first=True)  # (N, T), padded on the right
+    mask = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
     with policy.autocast():
         prefix = encode_prefix(model, inputs, torch.tensor(prompts, device=policy.device))
         states = prefix.hidden[:, None]  # (N, 1, D) predicts each first token
         if ids.shape[1] > 1:  # nothing is predicted from a last token: it is not fed
             new = extend(model, prefix, ids[:, :-1], mask[:, :-1])
             states = torch.cat([states, new], dim=1)  # (N, T, D) the state before each token
-        # rho = p / p_old, and p_old is what was sampled from, temperature included. At another one
-        # the gradient would be that of another policy. Targets are taken at 1.
+        # Samples are scored at the temperature that drew them: Eq. 7's p_old is the distribution
+        # sampled from. Targets were not drawn: Eq. 1 takes the model's own p, at temperature 1.
         at = torch.tensor([temperature if s.explore else 1.0 for s in sequences]).to(policy.device)
         logits = next_logits(model, states) / at[:, None, None]  # (N, T, V)
     logprobs = -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # (N, T)
@@ -556,7 +556,7 @@ def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: lis
 # ---- The method: Eq. 1, 2, 6, 7, 8 ---------------------------------------------------------------
 # Eq. 1, SFT: raise log p of the reference, trace and answer. Eq. 4-5: its gradient is that of a
 # sample with advantage 1. So both modes are sequences with a weight, and one loss is their sum.
-# A sequence counts by the mean over its tokens, as released; the paper's log p is the sum.
+# Unlike the paper's, log p and rho of a sequence are means over its tokens here, as released.
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
@@ -578,21 +578,21 @@ def no_variance(rewards: Tensor) -> Tensor:
 
 
 def judge(responses: list[list[Response]], examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Judge P groups of K responses: r_a by rules, r_t against the trace, (P, K) each."""
+    """Judge p groups of K responses, r_a by rules, r_t by the trace, (p, K) each; note formats."""
     r_a, r_t = torch.zeros(2, len(responses), len(responses[0]))
-    for p, example in enumerate(examples):
-        for k, response in enumerate(responses[p]):
+    for i, example in enumerate(examples):
+        for k, response in enumerate(responses[i]):
             verdict = verify(response.text, example, response.finished)
-            r_a[p, k], response.in_format = verdict.correct, verdict.in_format
+            r_a[i, k], response.in_format = verdict.correct, verdict.in_format
             if example.trace:  # without one, r_t is 0
-                r_t[p, k] = thinking_f1(response.text, example.trace)
+                r_t[i, k] = thinking_f1(response.text, example.trace)
     return r_a, r_t
 
 
 def any_correct(r_a: Tensor, r_t: Tensor) -> Tensor:
     """Eq. 6, the switch: the prompts that explore, (P,) bool, by the rewards of their groups."""
-    # It looks at r_a alone. Groups without a right response still differ in r_t: to explore them
-    # would reward the best-sounding wrong thinking.
+    # r_t is for other switches (`Trainer.switch`). Groups without a right response still differ in
+    # it: to explore them would reward the best-sounding wrong thinking.
     return (r_a == 1).any(dim=1)
 
 
@@ -601,13 +601,13 @@ def policy_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, explore: Tensor
     """Eq. 7 and 8 as one sum over N sequences.
 
     `logprobs, mask: (N, T)`, `weights, explore: (N,)`. A sampled response contributes -rho A
-    (Eq. 7), a target -log p (Eq. 1). The means over K responses and P prompts are in the weights.
+    (Eq. 7), a target -log p (Eq. 1). `weights` hold A and the means over K and P (`Sequence`).
     """
-    # p_old is the policy itself, held constant: with one update per rollout rho is 1, so that a
-    # clip would not bind. The gradient of rho is not 0: it is that of log p.
+    # With one update per rollout p_old is the policy itself, held constant: rho is 1, a clip would
+    # never bind, and the loss of a group is 0 (its A sum to 0). Its gradient is not: A grad log p.
     rho = torch.exp(logprobs - logprobs.detach())  # (N, T)
     objective = torch.where(explore[:, None], rho, logprobs) * per_token  # (N, T)
-    # The mean over each row's own tokens: over those of all rows, long responses would weigh more.
+    # A mean per sequence, not over all tokens of the batch: there long responses would weigh more.
     means = (objective * mask).sum(1) / mask.sum(1)  # (N,)
     return -(weights * means).sum()
 
@@ -619,25 +619,25 @@ def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass
 class Trainer:
-    """What a step changes, and the functions that it asks; extras put in others."""
+    """What a step changes, and the functions that it calls; extras replace some of them."""
 
     cfg: Config
     policy: Policy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: Model | None = None  # frozen copy of the policy for the KL term
+    reference: Model | None = None  # p_ref of Eq. 3, frozen; else a reference is trace and answer
     judge: Callable[[list[list[Response]], list[Example]], tuple[Tensor, Tensor]] = judge
     switch: Callable[[Tensor, Tensor], Tensor] = any_correct
     advantages: Callable[[Tensor], Tensor] = group_advantages
     trace: Callable[[Example], str | None] = lambda example: example.trace  # to memorize
-    weigh: Callable[["Step"], list[Sequence]] = lambda record: record.sequences  # revises them
+    weigh: Callable[["Step"], list[Sequence]] = lambda record: record.sequences  # may edit them
     totals: Callable[[], dict[str, float]] = dict  # what an extra adds to a step's metrics
     # With torchrun, a block in which an error of one process is raised in all: none waits for ever.
     together: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     rows: list[Example] = field(default_factory=list)  # all training rows
     kept: dict[str, list[Any]] = field(default_factory=dict)  # what extras keep in a checkpoint
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends with the run
-    taken: int = 0  # steps taken; -1 while the weights change
+    taken: int = 0  # steps done; -1 inside optimizer.step, whose weights must not be saved
     failures: int = 0  # steps in a row whose loss or gradient was not finite
     evaluated: set[int] = field(default_factory=set)  # the steps of evaluations that are done
     best: float = -1.0  # highest held-out accuracy so far, whose weights are in `best/`
@@ -664,7 +664,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
                inputs: Iterable[Inputs] | None = None) -> Step:
     """A step on P prompts: sample and judge K responses each, choose the mode, update."""
     cfg, policy, P, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    own, clock = share(P), [time.perf_counter()]  # this process takes p of the P prompts
+    own, clock = share(P), [time.perf_counter()]  # own: which p of the P prompts are this process's
     examples = examples[own.start:own.stop]
     with trainer.together():
         inputs = [*encoded(trainer, examples, inputs)]
@@ -691,12 +691,12 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
             for k, response in enumerate(responses[i]):
                 weight = advantages[i, k].item() / (K * P)
                 sequences.append(Sequence(i, response.ids, weight, True, cfg.beta / (K * P)))
-        else:  # Eq. 1: the reference (Full DyME refines its trace), as heavy as K responses
+        else:  # Eq. 1: the reference (Full DyME refines its trace), at full weight: no 1 / K
             target = target_ids(policy, replace(example, trace=trainer.trace(example)))
             sequences.append(Sequence(i, target, 1 / P, False))
     record = Step(step, examples, inputs, explore, sequences, responses,
                   r_a, r_t, rewards, advantages)
-    record.sequences = trainer.weigh(record)
+    record.sequences = trainer.weigh(record)  # as they are, unless an extra edits them
     clock.append(time.perf_counter())
 
     # Eq. 8: both kinds in one loss and one update.
@@ -720,9 +720,9 @@ def sft_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
 
 
 def update(trainer: Trainer, record: Step, lr: float, clock: list[float]) -> None:
-    """Eq. 8: add up the gradients of all sequences, step, write the metrics."""
+    """Add up the gradients of all sequences (Eq. 8), take the optimizer's step, set the metrics."""
     policy, temperature = trainer.policy, trainer.cfg.temperature
-    # Advantage 0 teaches nothing: left out, a collapsed group costs no forward pass and no update.
+    # Weight 0 teaches nothing: left out, it costs no pass. If all are, the step changes no weight.
     sequences = [s for s in record.sequences if s.weight or s.kl_weight]
     totals, first = {"loss": 0.0, "kl": 0.0} | trainer.totals(), 0
     with trainer.together():
@@ -801,7 +801,7 @@ def apply_gradients(trainer: Trainer, loss: float, lr: float) -> dict[str, Any]:
     optimizer.zero_grad()
     if finite:
         trainer.failures = 0
-    elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
+    elif not (scaler.is_enabled() and scaler.get_scale() >= 1):  # else the scale still settles
         trainer.failures += 1
     if trainer.failures == 10:
         raise DivergedError("ten steps in a row had a loss or gradient that was not finite")
@@ -918,7 +918,7 @@ def evaluate(trainer: Trainer, held_out: list[Example], run: Path, step: int, bo
     runs.record(run / "evaluations.jsonl", {"step": step} | summary, board)
     tqdm.write(f"step {step}: " + thinking.one_line(summary))
     accuracy = summary["accuracy"] or 0.0
-    if step and (accuracy > trainer.best or not (run / "best").exists()):  # lost in a copy
+    if step and (accuracy > trainer.best or not (run / "best").exists()):  # best/ lost in a copy
         trainer.best = accuracy
         save_policy(trainer.policy, run / "best")
 
@@ -972,7 +972,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
     # One fused kernel: eight times as fast as a loop over parameters, on the CPU too.
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     scaler = parallel.gradient_scaler(policy.model, cfg.precision)
-    # Looked up here, so that a function put in the place of `dyme.judge` and the like is used.
+    # Passed, though they are the defaults: so `dyme.any_correct = mine`, done before, takes effect.
     trainer = Trainer(cfg, policy, optimizer, scaler, judge=judge, switch=any_correct,
                       advantages=group_advantages)
     if dist.is_initialized():
@@ -986,7 +986,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
 
 
 def extra(name: str) -> Any:
-    """A module of support/ that stands above this file."""
+    """A module of support/ that imports this file: itself imported only when it is asked for."""
     return importlib.import_module(f"support.{name}")
 
 
@@ -1013,13 +1013,13 @@ def load_reference(trainer: Trainer, run: Path, step: int) -> Model:
     """The KL's reference: the base; in two-stage, as released, the model after SFT."""
     cfg, after_sft = trainer.cfg, run / "after-sft"
     with parallel.errors_shared():  # the others wait until it is written
-        begins = cfg.mode == "two-stage" and step == cfg.sft_steps
-        if begins and parallel.is_main():
+        if cfg.mode == "two-stage" and step == cfg.sft_steps and parallel.is_main():
             save_policy(trainer.policy, after_sft)
     source = str(after_sft) if cfg.mode == "two-stage" else cfg.model
     reference = load_policy(source, trainer.policy.device)
     total = parallel.sum_weights(reference.model)
-    if not math.isclose(total, *trainer.kept.setdefault("reference", [total]), rel_tol=1e-6):
+    before = trainer.kept.setdefault("reference", [total])[0]  # in a resumed run, of its start
+    if not math.isclose(total, before, rel_tol=1e-6):
         raise UserError(f"{source}: has other weights than when the run began to compare with it")
     reference = reference if cfg.plain else extra("fast").speed_up(reference)
     return reference.model.requires_grad_(False)
@@ -1054,7 +1054,7 @@ def encode_ahead(policy: Policy, examples: list[Example], processor: Any, room: 
                  prompt: str = PROMPT) -> Inputs:
     """`encode_prompts` in a thread, with its own processor; ready for the device."""
     on_cpu = replace(policy, device=torch.device("cpu"), processor=processor)
-    # Not entered: a thread that leaves autocast drops all cast weights, which CUDA graphs read.
+    # Not entered: on leaving, autocast empties its cache of cast weights, which CUDA graphs read.
     half = getattr(policy.autocast(), "fast_dtype", None)
     return parallel.for_device(encode_prompts(on_cpu, examples, room, prompt), policy.device, half)
 
@@ -1077,7 +1077,7 @@ def feed_prompts(trainer: Trainer, steps: range) -> Generator[Inputs]:
 
 
 def train(cfg: Config) -> None:
-    """Carry out a run in its folder, alone."""
+    """Carry out a run in its folder, locked against other runs."""
     source = model_source(cfg.model)
     if not cfg.resume and not Path(source).exists():  # fail before the data is downloaded
         with settings.loading(cfg.model, NAMES):

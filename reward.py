@@ -116,7 +116,7 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     """
     prediction, target = strip_answer(prediction), strip_answer(target)
     if not target or prediction.lower() == target.lower():
-        return bool(target)
+        return bool(target)  # an empty target matches nothing, not even an empty answer
     prediction = strip_answer(re.sub(LEAD_IN, "", prediction, flags=re.IGNORECASE))
     if is_list(target):
         wanted = _list_items(target)[0]
@@ -251,7 +251,7 @@ def parse_number(text: str) -> float | None:
 
 
 def thinking_f1(response: str, trace: str) -> float:
-    """r_t of Pure DyME: F1 of the bags of tokens of response and trace, before their flags."""
+    """r_t of Pure DyME: token F1 of response and trace, each up to its first flag, if any."""
     # Operators are tokens too: without them `8 + 3 = 5` would be as good as `8 - 3 = 5`.
     token = rf"{NUMBER}|\w+|[-+*/=×÷−]"
     given, wanted = (Counter(re.findall(token, split_response(text)[0].lower()))
