@@ -1,4 +1,4 @@
-"""What the paper takes for granted (the base), and extras that stand above dyme.py."""
+"""What the paper takes for granted (the base), and extras that import dyme.py."""
 
 
 class UserError(Exception):
