@@ -405,17 +405,20 @@ def encode_images_once(model: Model) -> None:
     # get no gradient: it would be frozen too, without a word.
     kept = WeakTensorKeyDictionary()  # for as long as the pixels live, and for these alone
     pixels: list[Tensor | None] = [None]
+    calls = [0]  # in this pass: DeepSeek-OCR-2 encodes an image whole, then its crops
 
     def remember_pixels(_: Model, __: Any, inputs: dict[str, Any]) -> None:
-        pixels[0] = inputs.get("pixel_values")
+        pixels[0], calls[0] = inputs.get("pixel_values"), 0
 
     def encode(tower: Model, *args: Any, **kwargs: Any) -> Any:
         key = pixels[0]
         if key is None or any(p.requires_grad for p in tower.parameters()):
             return type(tower).forward(tower, *args, **kwargs)
-        if key not in kept:
-            kept[key] = type(tower).forward(tower, *args, **kwargs)
-        return copy.copy(kept[key])  # models write into the output that they are given
+        outputs, call = kept.setdefault(key, {}), calls[0]
+        calls[0] += 1
+        if call not in outputs:
+            outputs[call] = type(tower).forward(tower, *args, **kwargs)
+        return copy.copy(outputs[call])  # models write into the output that they are given
 
     model.base_model.register_forward_pre_hook(remember_pixels, with_kwargs=True)
     for tower in dyme.vision_towers(model):

@@ -573,6 +573,26 @@ def test_nothing_of_an_image_is_kept_once_its_pixels_are_gone(family: str) -> No
     assert outputs[0]() is None
 
 
+class Crops(torch.nn.Module):
+    """Encodes an image whole and then its crop, as DeepSeek-OCR-2 and Step3-VL do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = torch.nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, pixel_values: Tensor, crop: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vision_tower(pixel_values), self.vision_tower(crop)
+
+
+def test_each_pass_of_a_tower_over_the_same_batch_has_its_own_output() -> None:
+    base, pixels, crop = Crops(), torch.randn(3, 2), torch.randn(3, 2)
+    expected = base(pixels, crop)
+    fast.encode_images_once(SimpleNamespace(base_model=base))
+    for _ in range(2):
+        for ours, theirs in zip(base(pixel_values=pixels, crop=crop), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
