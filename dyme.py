@@ -999,13 +999,13 @@ def freeze_vision(model: Model) -> None:
     """Stop gradients to the vision tower; its connector to the language model must learn."""
     for tower in vision_towers(model):
         tower.requires_grad_(False)
-        if hasattr(tower, "merger"):  # Qwen keeps its connector inside the tower
-            tower.merger.requires_grad_(True)
+        for name, part in tower.named_children():  # Qwen keeps its connectors inside the tower
+            part.requires_grad_(name in ("merger", "deepstack_merger_list", "patch_merger"))
 
 
 def vision_towers(model: Model) -> list[Model]:
     """The modules that encode images, as the families name them."""
-    names = ("vision_model", "vision_tower", "visual")
+    names = ("vision_model", "vision_tower", "vision_encoder", "visual", "high_res_vision_model")
     return [getattr(model.base_model, name) for name in names if hasattr(model.base_model, name)]
 
 

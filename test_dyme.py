@@ -966,6 +966,25 @@ def test_one_step_trains_any_family_with_its_vision_tower_frozen(family: str) ->
     assert any(re.search(CONNECTOR, name) for name in changed)
 
 
+def test_freezing_finds_towers_and_the_connectors_inside_them() -> None:
+    qwen = {"image_token_id": IMAGE, "text_config": QWEN["text_config"] | {
+        "model_type": "qwen3_vl_text"}, "vision_config": QWEN_VISION | {
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16}}
+    pixtral = VISION | {"model_type": "pixtral", "head_dim": 8}
+    lighton = {"image_token_id": IMAGE, "vision_config": pixtral,
+               "text_config": TEXT | {"model_type": "qwen3"}}
+    trained = []
+    for family, known in (("qwen3_vl", qwen), ("lighton_ocr", lighton)):
+        config = AutoConfig.for_model(family, **known)
+        model = AutoModelForImageTextToText.from_config(config)
+        dyme.freeze_vision(model)
+        names = [name.split(".") for name, p in model.named_parameters() if p.requires_grad]
+        trained.append({name[2] if name[1] == "visual" else name[1] for name in names})
+    merger = {"merger", "deepstack_merger_list"}
+    assert trained == [{"language_model", "weight"} | merger,
+                       {"language_model", "vision_projection"}]
+
+
 # ---- Stages and rows -----------------------------------------------------------------------------
 
 
