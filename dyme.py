@@ -42,7 +42,7 @@ from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import DivergedError, UserError, data, files, parallel, runs, settings, thinking
+from support import DivergedError, UserError, cache, data, files, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 NONE = torch.zeros(0)  # stands for r_a, r_t, ... in steps of SFT, which sample nothing
@@ -214,12 +214,12 @@ def load_pretrained(source: str) -> tuple[Model, Any]:
 @torch.no_grad()
 def check_model(model: Model) -> None:
     """Raise ValueError unless a padded prompt, continued, gets the logits of one full pass."""
-    ids = torch.arange(3, 8)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 9)[None] % model.config.get_text_config().vocab_size
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    inputs = {"input_ids": F.pad(ids[:, :-1], (2, 0)), "attention_mask": mask}
+    inputs = {"input_ids": F.pad(ids[:, :-2], (2, 0)), "attention_mask": mask}
     prefix = encode_prefix(model, inputs, torch.tensor([0, 0]))
-    states = extend(model, prefix, ids[:, -1:].expand(2, 1), torch.ones(2, 1, dtype=torch.long))
-    ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -1:].float()
+    states = extend(model, prefix, ids[:, -2:].expand(2, 2), torch.ones(2, 2, dtype=torch.long))
+    ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -2:].float()
     # Rounding alone may move a logit by 2e-3 in a trained model; a real mismatch moves all of them.
     if not (ours - theirs).abs().max() < 0.01 * (theirs.max() - theirs.min()):
         raise ValueError("its positions, its cache or its logits are of a kind not known here")
@@ -365,7 +365,7 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
 class Prefix:
     """Prompts that have been through the model: all that their N continuations need."""
 
-    cache: Any  # keys and values, batch N
+    cache: Any  # keys and values, or recurrent states, batch N
     hidden: Tensor  # (N, D) the last state, which predicts a response's first token
     mask: Tensor  # (N, L) 1 for real tokens, 0 for the padding on the left
     position: Tensor  # (N, 1) of the next token; (3, N, 1) in Qwen-VL
@@ -389,7 +389,7 @@ def encode_prefix(model: Model, inputs: Inputs, rows: Tensor | None = None) -> P
         position = (length + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     hidden = out.last_hidden_state[:, -1]  # (P, D)
     if rows is not None:
-        out.cache.batch_select_indices(rows)
+        cache.take_rows(out.cache, rows)
         hidden, mask, position = hidden[rows], mask[rows], position[..., rows, :]
     return Prefix(out.cache, hidden, mask, position)
 

@@ -658,7 +658,7 @@ def test_requirements_ask_for_the_transformers_that_all_families_need() -> None:
     assert "torch>=2.11," in required
     for family in FAMILIES:
         out = tiny_family(family).base_model(**family_inputs(family, [10], 1), use_cache=True)
-        assert hasattr(out.cache, "batch_select_indices")
+        assert hasattr(out.cache, "reorder_cache")
 
 
 # ---- A training step -----------------------------------------------------------------------------

@@ -1,0 +1,15 @@
+"""What the model keeps of a prompt: keys and values, and the states of recurrent layers."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def take_rows(cache: Any, rows: Tensor) -> None:
+    """Keep prompts `rows: (N,)` of a cache, each as often as it occurs."""
+    cache.reorder_cache(rows)  # unlike batch_select_indices, it knows recurrent layers too
+    for layer in cache.layers:
+        # A recurrent layer writes its next state over this one, which the backward pass needs.
+        # Told that there is no room yet, it makes some.
+        if hasattr(layer, "is_recurrent_states_initialized"):
+            layer.is_recurrent_states_initialized = dict.fromkeys(layer.recurrent_states, False)
