@@ -1000,7 +1000,7 @@ def freeze_vision(model: Model) -> None:
     for tower in vision_towers(model):
         tower.requires_grad_(False)
         for name, part in tower.named_children():  # Qwen keeps its connectors inside the tower
-            part.requires_grad_(name in ("merger", "deepstack_merger_list", "patch_merger"))
+            part.requires_grad_(name in ("merger", "deepstack_merger_list", "connector"))
 
 
 def vision_towers(model: Model) -> list[Model]:

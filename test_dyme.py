@@ -973,16 +973,21 @@ def test_freezing_finds_towers_and_the_connectors_inside_them() -> None:
     pixtral = VISION | {"model_type": "pixtral", "head_dim": 8}
     lighton = {"image_token_id": IMAGE, "vision_config": pixtral,
                "text_config": TEXT | {"model_type": "qwen3"}}
-    trained = []
-    for family, known in (("qwen3_vl", qwen), ("lighton_ocr", lighton)):
-        config = AutoConfig.for_model(family, **known)
+    docling = {"image_token_id": IMAGE, "vision_config": VISION | {
+        "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]},
+        "text_config": TEXT | {"model_type": "granite_docling_text"}}
+    known, trained = {"qwen3_vl": qwen, "lighton_ocr": lighton, "granite_docling": docling}, []
+    for family, settings in known.items():
+        config = AutoConfig.for_model(family, **settings)
         model = AutoModelForImageTextToText.from_config(config)
         dyme.freeze_vision(model)
         names = [name.split(".") for name, p in model.named_parameters() if p.requires_grad]
-        trained.append({name[2] if name[1] == "visual" else name[1] for name in names})
-    merger = {"merger", "deepstack_merger_list"}
-    assert trained == [{"language_model", "weight"} | merger,
-                       {"language_model", "vision_projection"}]
+        trained.append({".".join(name[1:3]) if "vis" in name[1] else name[1] for name in names})
+    assert trained == [
+        {"language_model", "weight", "visual.merger", "visual.deepstack_merger_list"},
+        {"language_model", *(f"vision_projection.{x}" for x in (
+            "norm", "patch_merger", "linear_1", "linear_2"))},
+        {"text_model", "vision_model.connector"}]
 
 
 # ---- Stages and rows -----------------------------------------------------------------------------
