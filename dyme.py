@@ -389,7 +389,7 @@ def encode_prefix(model: Model, inputs: Inputs, rows: Tensor | None = None) -> P
         position = (length + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     hidden = out.last_hidden_state[:, -1]  # (P, D)
     if rows is not None:
-        cache.take_rows(out.cache, rows)
+        cache.take_rows(model, out.cache, rows)
         hidden, mask, position = hidden[rows], mask[rows], position[..., rows, :]
     return Prefix(out.cache, hidden, mask, position)
 

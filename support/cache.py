@@ -5,8 +5,13 @@ from typing import Any
 from torch import Tensor
 
 
-def take_rows(cache: Any, rows: Tensor) -> None:
-    """Keep prompts `rows: (N,)` of a cache, each as often as it occurs."""
+def take_rows(model: Any, cache: Any, rows: Tensor) -> None:
+    """Keep prompts `rows: (N,)` of a model's cache, each as often as it occurs. Raises ValueError.
+    """
+    # Llama 3.2 Vision must be told in every pass which patches a token sees; else it sees them as
+    # if they were tokens before it, some of them.
+    if hasattr(model.config.get_text_config(), "cross_attention_layers"):
+        raise ValueError("layers that look at the image in every pass are not known here")
     cache.reorder_cache(rows)  # unlike batch_select_indices, it knows recurrent layers too
     for layer in cache.layers:
         # A recurrent layer writes its next state over this one, which the backward pass needs.

@@ -172,6 +172,8 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
             advice = "it has no config.json: it is neither a run nor a model"
         elif not Path(name).is_dir():
             advice = f"give a hub id, a directory or one of {', '.join(known)}"
+        if "not known here" in reason or isinstance(error, AttributeError):  # as Llama 4 raises
+            advice = "support/README.md has the families of models that are known"
         reason = reason[:200]
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch

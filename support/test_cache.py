@@ -95,3 +95,14 @@ def test_a_model_that_forgets_its_state_is_refused() -> None:
     """Jamba starts anew if it is given more than one token to go on with."""
     with pytest.raises(ValueError, match="not known here"):
         dyme.check_model(text_model("jamba", **JAMBA))
+
+
+def test_a_model_whose_layers_look_at_the_image_in_every_pass_is_refused() -> None:
+    """Llama 3.2 Vision, whose log-probs would be others without a word."""
+    text = {"model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+              "num_global_layers": 1, "attention_heads": 4, "image_size": 16, "patch_size": 8,
+              "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+    config = AutoConfig.for_model("mllama", vision_config=vision, text_config=TEXT | text)
+    with pytest.raises(ValueError, match="look at the image"):
+        dyme.check_model(AutoModelForImageTextToText.from_config(config))

@@ -1024,6 +1024,16 @@ def test_a_damaged_model_is_named_when_it_is_loaded(
     assert dyme.model_source("SmolVLM2-256M").startswith("HuggingFaceTB/")
 
 
+def test_a_model_of_a_family_that_is_not_known_is_not_called_damaged(
+        tmp_path: Path, monkeypatch: Patch, tiny: Policy) -> None:
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    ours = dyme.next_logits
+    monkeypatch.setattr(dyme, "next_logits", lambda *args: 2 * ours(*args))
+    with pytest.raises(UserError, match="not known here.*; support/README.md has the families"):
+        dyme.load_policy(str(tmp_path), CPU)
+
+
 def test_rows_in_a_file_of_another_kind_are_told_what_to_be(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\n")
     with pytest.raises(UserError, match="rows.csv: rows are in a file that ends in .json or"):
