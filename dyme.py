@@ -42,7 +42,7 @@ from transformers import PreTrainedModel as Model
 from transformers.hf_argparser import HfArg
 
 from reward import Example, reference_response, thinking_f1, verify
-from support import DivergedError, UserError, cache, data, files, parallel, runs, settings, thinking
+from support import DivergedError, UserError, data, files, parallel, runs, settings, thinking
 
 Inputs = dict[str, Tensor]  # a micro-batch of encoded prompts, as a model takes it
 NONE = torch.zeros(0)  # stands for r_a, r_t, ... in steps of SFT, which sample nothing
@@ -220,8 +220,10 @@ def check_model(model: Model) -> None:
     prefix = encode_prefix(model, inputs, torch.tensor([0, 0]))
     states = extend(model, prefix, ids[:, -2:].expand(2, 2), torch.ones(2, 2, dtype=torch.long))
     ours, theirs = next_logits(model, states[0]), model(input_ids=ids).logits[0, -2:].float()
+    # Llama 3.2 Vision must be told in every pass which patches a token sees.
+    masks_patches = hasattr(model.config.get_text_config(), "cross_attention_layers")
     # Rounding alone may move a logit by 2e-3 in a trained model; a real mismatch moves all of them.
-    if not (ours - theirs).abs().max() < 0.01 * (theirs.max() - theirs.min()):
+    if masks_patches or not (ours - theirs).abs().max() < 0.01 * (theirs.max() - theirs.min()):
         raise ValueError("its positions, its cache or its logits are of a kind not known here")
 
 
@@ -242,7 +244,6 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     tokenizer = getattr(processor, "tokenizer", processor)
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
         raise UserError(f"{name} has no chat template; use the instruct version")
-
     # Padding goes to the left of prompts: a response must begin right after its prompt.
     tokenizer.padding_side = "left"
     image_processor: Any = getattr(processor, "image_processor", None)
@@ -253,7 +254,6 @@ def make_policy(model: Model, processor: Any, device: torch.device,
     # InternVL cuts an image into tiles by its shape, however small it is.
     if image_edge and hasattr(image_processor, "max_patches"):
         image_processor.max_patches = max(1, (image_edge // (size.get("height") or 448)) ** 2)
-
     # Model, tokenizer and template may each name another id, or several, or none.
     configured = np.atleast_1d(model.generation_config.eos_token_id).tolist()
     end_ids = {tokenizer.eos_token_id, end_of_turn(processor), *configured} - {None}
@@ -349,7 +349,6 @@ def encode_prompts(policy: Policy, examples: list[Example], room: int,
     except ValueError as error:  # such as a question that holds the image token itself
         names = " or ".join(example.name for example in examples)
         raise UserError(f"{names}: the model's processor refuses the prompt ({error})") from None
-
     for example, length in zip(examples, inputs["attention_mask"].sum(1).tolist(), strict=True):
         if length + room > policy.context:
             raise UserError(
@@ -389,7 +388,11 @@ def encode_prefix(model: Model, inputs: Inputs, rows: Tensor | None = None) -> P
         position = (length + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     hidden = out.last_hidden_state[:, -1]  # (P, D)
     if rows is not None:
-        cache.take_rows(model, out.cache, rows)
+        out.cache.reorder_cache(rows)  # which recurrent layers know too
+        for layer in out.cache.layers:
+            # They write the next state over this one, which the backward pass needs.
+            if hasattr(layer, "recurrent_states"):  # told that there is no room yet, they make some
+                layer.is_recurrent_states_initialized = dict.fromkeys(layer.recurrent_states, False)
         hidden, mask, position = hidden[rows], mask[rows], position[..., rows, :]
     return Prefix(out.cache, hidden, mask, position)
 
@@ -761,10 +764,8 @@ def update(trainer: Trainer, record: Step, lr: float, clock: list[float]) -> Non
 
 def token_factors(sequences: list[Sequence], logprobs: Tensor) -> Tensor:
     """The factors of tokens, (N, T), by the sequences' `per_token`; 1 where unset."""
-    rows = []
-    for s, row in zip(sequences, logprobs, strict=True):
-        rows.append(s.per_token(row) if s.per_token else torch.ones_like(row))
-    return torch.stack(rows)
+    return torch.stack([s.per_token(row) if s.per_token else torch.ones_like(row)
+                        for s, row in zip(sequences, logprobs, strict=True)])
 
 
 def kl_penalty(trainer: Trainer, inputs: Inputs, prompts: list[int], sequences: list[Sequence],
@@ -838,7 +839,6 @@ def step_metrics(record: Step, sequences: list[Sequence],
             "entropy": sum(y.entropy for y in ys)}
     if dist.is_initialized():
         totals = parallel.sum_numbers(totals)
-
     metrics = {"memorized": totals["targets"] / max(1, totals["targets"] + totals["explored"]),
                "target_length":
                    totals["target_tokens"] / totals["targets"] if totals["targets"] else None,
