@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -174,7 +175,7 @@ def loading(name: str, known: Iterable[str]) -> Iterator[None]:
             advice = f"give a hub id, a directory or one of {', '.join(known)}"
         if "not known here" in reason or isinstance(error, AttributeError):  # as Llama 4 raises
             advice = "support/README.md has the families of models that are known"
-        reason = reason[:200]
+        reason = textwrap.shorten(reason, 200, placeholder=" ...")  # at a word's end
         for package in ("torchvision", "num2words"):
             if package in reason.lower():  # asked for alone, pip would replace torch
                 advice = f"pip install -r requirements.txt {package}"

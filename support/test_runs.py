@@ -85,6 +85,13 @@ def test_epochs_are_passes_over_the_data_in_every_mode(mode: Any, steps: int) ->
     assert cfg.steps == 7 * steps
 
 
+def test_a_long_reason_is_cut_between_words() -> None:
+    with pytest.raises(UserError) as told, settings.loading("m", ["tiny"]):
+        raise OSError("because of it " * 20 + "https://huggingface.co")
+    assert "(because of it because" in str(told.value)
+    assert "because of it ...); give" in str(told.value)
+
+
 @pytest.mark.parametrize("flags, told", [
     (["--mode", "sft", "--sft-steps", "9"], ["--sft-steps has no effect with --mode sft"]),
     (["--mode", "sft", "--temperature", "0.5", "--thinking-weight", "2"],
