@@ -105,6 +105,8 @@ def test_a_flag_without_effect_is_told(
         flags: list[str], told: list[str], capsys: Capture) -> None:
     dyme.parse_config(flags)
     assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in told]
+    settings.implied({"resume": True, "sft_steps": 9})  # its mode is that of the run
+    assert not capsys.readouterr().err
 
 
 def test_steps_are_what_they_say_and_real_two_stage_gets_one_pass_of_sft() -> None:
