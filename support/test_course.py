@@ -906,8 +906,12 @@ def test_grade_scores_a_file_whatever_it_does(tmp_path: Path) -> None:
     assert "more than 4 s" in verdicts[" 9wrong"]
     assert "ends the process" in verdicts["10wrong"]
     assert lines[-1] == "14 checks, seed 3: 1 right, 3 wrong, 10 missing"
+    code, lines = graded("x = 1", str(tmp_path / "mine.py"), "--only", "12", "6")
+    assert [line[:2] for line in lines[:-1]] == [" 6", "12"]
+    assert lines[-1] == "2 checks, seed 3: 0 right, 0 wrong, 2 missing"
     for text, flags, said in (("x = (", [], "mine.py cannot be imported: SyntaxError"),
-                              ("", ["nowhere.py"], "error: nowhere.py: no such file")):
+                              ("", ["nowhere.py"], "error: nowhere.py: no such file"),
+                              ("", [__file__, "--only", "99"], "--only 99: no such")):
         code, lines = graded(text, *flags)
         assert (code, len(lines)) == (2, 1)
         assert said in lines[0]
