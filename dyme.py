@@ -388,10 +388,10 @@ def encode_prefix(model: Model, inputs: Inputs, rows: Tensor | None = None) -> P
         position = (length + base.rope_deltas).expand(3, -1, -1)  # (3, P, 1)
     hidden = out.last_hidden_state[:, -1]  # (P, D)
     if rows is not None:
-        out.cache.reorder_cache(rows)  # which recurrent layers know too
+        out.cache.reorder_cache(rows)
         for layer in out.cache.layers:
-            # They write the next state over this one, which the backward pass needs.
-            if hasattr(layer, "recurrent_states"):  # told that there is no room yet, they make some
+            # A recurrent layer told that it has no state keeps this one, which backward needs.
+            if hasattr(layer, "recurrent_states"):
                 layer.is_recurrent_states_initialized = dict.fromkeys(layer.recurrent_states, False)
         hidden, mask, position = hidden[rows], mask[rows], position[..., rows, :]
     return Prefix(out.cache, hidden, mask, position)
@@ -667,7 +667,7 @@ def train_step(trainer: Trainer, examples: list[Example], step: int, lr: float,
                inputs: Iterable[Inputs] | None = None) -> Step:
     """A step on P prompts: sample and judge K responses each, choose the mode, update."""
     cfg, policy, P, K = trainer.cfg, trainer.policy, len(examples), trainer.cfg.generations
-    own, clock = share(P), [time.perf_counter()]  # own: which p of the P prompts are this process's
+    own, clock = share(P), [time.perf_counter()]  # own: this process's p of the P prompts
     examples = examples[own.start:own.stop]
     with trainer.together():
         inputs = [*encoded(trainer, examples, inputs)]
@@ -986,7 +986,7 @@ def make_trainer(cfg: Config, policy: Policy) -> Trainer:
 
 
 def extra(name: str) -> Any:
-    """A module of support/ that imports this file: itself imported only when it is asked for."""
+    """A module of support/ that imports this file."""
     return importlib.import_module(f"support.{name}")
 
 

@@ -988,6 +988,9 @@ def test_freezing_finds_towers_and_the_connectors_inside_them() -> None:
         {"language_model", *(f"vision_projection.{x}" for x in (
             "norm", "patch_merger", "linear_1", "linear_2"))},
         {"text_model", "vision_model.connector"}]
+    base: Any = SimpleNamespace(vision_model=1, high_res_vision_model=2)  # as in DeepSeek-VL
+    model = SimpleNamespace(base_model=base)
+    assert dyme.vision_towers(model) == [1, 2]
 
 
 # ---- Stages and rows -----------------------------------------------------------------------------

@@ -85,12 +85,12 @@ def implied(given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-SAMPLING = {"dyme", "grpo", "two-stage"}
+SAMPLING_MODES = {"dyme", "grpo", "two-stage"}
 # Flags that do something only beside some values of another, which has this default.
 ONLY_WITH = {"traces": ("data", "toy", {"toy", "sums", "charts"}),
              "sft_steps": ("mode", "dyme", {"two-stage"}),
-             "temperature": ("mode", "dyme", SAMPLING),
-             "thinking_weight": ("mode", "dyme", SAMPLING)}
+             "temperature": ("mode", "dyme", SAMPLING_MODES),
+             "thinking_weight": ("mode", "dyme", SAMPLING_MODES)}
 
 
 def tell_idle(given: dict[str, Any]) -> None:

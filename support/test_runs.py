@@ -92,6 +92,11 @@ def test_a_long_reason_is_cut_between_words() -> None:
     assert "because of it ...); give" in str(told.value)
 
 
+def test_a_model_without_what_is_asked_of_it_is_of_an_unknown_family() -> None:
+    with pytest.raises(UserError, match="README.md has the families"), settings.loading("m", []):
+        raise AttributeError("'Cache' object has no attribute 'layers'")
+
+
 @pytest.mark.parametrize("flags, told", [
     (["--mode", "sft", "--sft-steps", "9"], ["--sft-steps has no effect with --mode sft"]),
     (["--mode", "sft", "--temperature", "0.5", "--thinking-weight", "2"],
