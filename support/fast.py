@@ -5,8 +5,9 @@
 Values, sampled ids and gradients are those of dyme.py, up to rounding (test_fast.py). What differs:
 the K responses of a prompt share one copy of its keys and values, as one row of K parallel
 tokens when sampling, and packed end to end in the update; query heads that share keys do so
-without copies; images are encoded once for both; on CUDA decoding is a graph that is replayed; on
-an x86 processor oneDNN multiplies.
+without copies; images are encoded once for both; a step of decoding is recorded and replayed, on
+CUDA as a graph, on a CPU, if the model is tiny, as TorchScript; on an x86 processor oneDNN
+multiplies.
 
 Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query heads in G groups.
 """
@@ -17,6 +18,7 @@ import functools
 import itertools
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -130,11 +132,12 @@ class Decoder:
         # t K + k after the longest prompt. The last token is never fed back, hence T - 1.
         self.longest = max(prefix.mask.shape[1] for prefix in prefixes)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
-        self.columns = torch.arange(self.K * (T - 1), device=device)
+        columns = torch.arange(self.K * (T - 1), device=device)
         first = torch.arange(self.K, device=device)
-        self.own = self.columns % self.K == first[:, None]  # (K, K (T - 1)), whose they are
+        # The t from which on response k sees a column; T if another's tokens are in it.
+        self.since = torch.where(columns % self.K == first[:, None], columns // self.K, T)
         self.slots = self.longest + first  # where the cache keeps token t
-        self.prefix = merge(prefixes, len(self.columns), self.slots)
+        self.prefix = merge(prefixes, len(columns), self.slots)
 
         self.ids = torch.full((N, T), self.pad_id, device=device)
         self.entropy = torch.zeros(N, T, device=device)
@@ -143,7 +146,8 @@ class Decoder:
 
     def sample(self) -> Samples:
         """Sample until all have ended: as many tokens as the longest response has."""
-        step, on_cuda = self.step, self.uniforms.is_cuda
+        on_cuda = self.uniforms.is_cuda
+        step = self.step if on_cuda else without_python(self)
         block = 128 if on_cuda else 1  # tokens by which attention is widened at a time
         logits = dyme.next_logits(self.model, self.prefix.hidden)  # (P, V)
         self.choose(logits.repeat_interleave(self.K, 0))  # the prompt predicts the first token
@@ -181,7 +185,7 @@ class Decoder:
 
     def widen(self, tokens: int) -> None:
         """Limit attention to the first `tokens` positions; later ones are still empty."""
-        self.open = min(self.K * tokens, len(self.columns))
+        self.open = min(self.K * tokens, self.since.shape[1])
         for layer in self.prefix.cache.layers:
             layer.end = self.longest + self.open
 
@@ -195,11 +199,10 @@ class Decoder:
 
     def step(self) -> None:
         """Feed token t of every response to the model, then choose token t + 1."""
-        tokens = self.ids[self.rows, self.t].view(self.P, self.K)
-        offsets = self.t.expand(self.P, self.K)
+        tokens = self.ids[self.rows, self.t].view(-1, self.K)  # (P, K)
         # Response k sees its own tokens so far.
-        so_far = self.columns[:self.open] < (self.t + 1) * self.K
-        visible = (self.own[:, :self.open] & so_far).expand(self.P, -1, -1)  # (P, K, open)
+        visible = (self.since[:, :self.open] <= self.t).expand(tokens.shape[0], -1, -1)
+        offsets = self.t.expand_as(tokens)
         hidden = extend(self.model, self.prefix, tokens, offsets, visible)  # (P, K, D)
         self.t.add_(1)
         self.slots.add_(self.K)
@@ -467,6 +470,72 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(own.stream)
     own.latest = graph
     return graph.replay
+
+
+# ---- A tiny model on a CPU: a step of decoding is recorded once, and runs without Python ---------
+# In the toy's step Python took a third of the time.
+
+
+def without_python(decoder: Decoder) -> Callable[[], None]:
+    """A decoder's step as TorchScript, recorded once for all decoders of a model.
+
+    Forward hooks are called while it is recorded, and not again. A large model's layers are
+    packed, which cannot be recorded: its step is left as it is.
+    """
+    model, prefix = decoder.model, decoder.prefix
+    if model.num_parameters() >= parallel.TINY:
+        return decoder.step
+    # Where a step finds what differs between steps and decoders: a program gets it anew each time.
+    names = ("t", "since", "open", "slots", "rows", "alive", "ids", "entropy", "uniforms")
+    places: list[tuple[Any, str]] = [(decoder, name) for name in names]
+    places += [(prefix, "mask"), (prefix, "position")]
+    places += itertools.product(prefix.cache.layers, ("keys", "values", "slots", "end"))
+
+    def put(values: Iterable[Any]) -> None:
+        for (owner, name), value in zip(places, values, strict=True):
+            setattr(owner, name, value)
+
+    def run(*values: Tensor) -> Tensor:
+        put(values)
+        decoder.step()
+        return decoder.t  # a program must return something
+
+    def step() -> None:
+        values = [getattr(*place) for place in places]
+        tensors = [torch.as_tensor(value) for value in values]
+        # What is no tensor is recorded as it is.
+        kind = decoder.K, decoder.temperature, dyme.draw
+        programs = vars(model).setdefault("programs", Programs())
+        if kind not in programs:
+            programs[kind] = record(model, run, [x.clone() for x in tensors])
+            put(values)  # recording has left its copies there
+        (programs[kind] or run)(*tensors)
+
+    return step
+
+
+class Programs(dict):
+    """A model's recorded steps; a copy of the model, whose weights are others, has none yet."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Programs, ()
+
+
+def record(model: Model, run: Callable[..., Tensor], tensors: list[Tensor]) -> Any:
+    """A function as TorchScript, or None if it does more than a sequence of operations."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:  # a weight that requires gradients cannot be recorded
+        p.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("error", torch.jit.TracerWarning)  # a number taken from a tensor
+            return torch.jit.trace(run, tuple(tensors), check_trace=False)
+    except Exception:  # noqa: BLE001 - models fail in many ways, and all mean the same here
+        return None
+    finally:
+        for p in trained:
+            p.requires_grad_()
 
 
 # ---- Matrix products on a CPU --------------------------------------------------------------------

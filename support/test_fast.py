@@ -225,8 +225,65 @@ def test_the_toy_samples_and_learns_as_plain(tiny: Policy, examples: list[Exampl
     assert_close(weights[1], weights[0], 2e-5)
 
 
-def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
+def toy_rollouts(policy: Policy, examples: list[Example]) -> list[Response]:
+    """Responses of four rollouts of other sizes, each with other weights, two greedy."""
+    policy = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    policy, found = fast.speed_up(policy), []
+    sizes = ((3, 4, 0.8), (8, 4, 0.8), (2, 4, 0.0), (8, 1, 0.0))
+    for seed, (count, K, temperature) in enumerate(sizes):
+        inputs = dyme.encode_prompts(policy, examples[seed:seed + count], room=24)
+        uniforms = dyme.keyed_uniforms(seed, 0, range(count), K, 24)
+        found += policy.rollout(policy, [inputs], uniforms, K, temperature)
+        with torch.no_grad():
+            for p in policy.model.parameters():
+                p.mul_(1.02)
+    assert all(p.requires_grad for p in policy.model.model.text_model.parameters())
+    return found
+
+
+def test_the_toys_step_is_recorded_once_and_samples_the_same(
+        tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    steps, step = [], fast.Decoder.step
+    monkeypatch.setattr(fast.Decoder, "step", lambda self: steps.append(1) or step(self))
+    ours = toy_rollouts(tiny, examples)
+    assert len(steps) == 3  # one for each K and temperature
+    monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)
+    assert toy_rollouts(tiny, examples) == ours  # ids and entropies, bit for bit
+    assert len({len(y.ids) for y in ours}) > 3
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(
+        tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
+    uniforms, draw = dyme.keyed_uniforms(0, 0, range(2), 4, 24), dyme.draw
+    inputs = dyme.encode_prompts(policy, examples[:2], room=24)
+    recorded = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    # A decision by a number, of which a recording would keep the first outcome: at 0.5 and above
+    # the likeliest token, from now on.
+    monkeypatch.setattr(dyme, "draw", lambda logits, uniform, temperature: draw(
+        logits, uniform, temperature if uniform[0] < 0.5 else 0.0))
+    ours = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    assert ours != recorded
+    assert_same(ours, dyme.rollout(tiny, [inputs], uniforms, 4, 1.0))
+
+
+def test_a_copy_of_a_model_samples_by_its_own_weights(
         tiny: Policy, examples: list[Example]) -> None:
+    policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
+    uniforms = dyme.keyed_uniforms(0, 0, range(2), 4, 24)
+    inputs = dyme.encode_prompts(policy, examples[:2], room=24)
+    before = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    policy.model = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(-1)
+    after = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    assert after != before
+    assert_same(after, dyme.rollout(policy, [inputs], uniforms, 4, 1.0))
+
+
+def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
+        tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)  # it calls no hooks
     policy = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model), end_ids=[-1])
     policy = fast.speed_up(policy)
     batches = [dyme.encode_prompts(policy, examples[i:i + 2], room=8) for i in (0, 2)]
@@ -698,7 +755,9 @@ def test_a_model_by_onednn_has_the_same_loss_and_gradients(
 
 
 def test_packed_weights_sample_the_same_and_are_given_back(
-        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example]) -> None:
+        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example],
+        monkeypatch: Patch) -> None:
+    monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)  # as it is if large
     inputs, uniforms, packed = dyme.encode_prompts(tiny, examples[:2], 12), torch.rand(4, 12), []
     layers = [m for m in by_onednn.modules() if isinstance(m, fast.Linear)]
     by_onednn.base_model.register_forward_pre_hook(
