@@ -315,6 +315,9 @@ def test_precision_is_what_is_asked_for(monkeypatch: Patch) -> None:
     # A run writes down what it found, and is resumed with that elsewhere.
     assert parallel.settle_precision(cpu, "auto") == "bf16"
     assert parallel.settle_precision(model("cpu", 1e6), "auto") == "float32"
+    # Processes that find it otherwise take what the first one found.
+    monkeypatch.setattr(parallel, "gather", lambda value: [torch.float32, value])
+    assert parallel.settle_precision(cpu, "auto") == "float32"
 
 
 @pytest.mark.parametrize("has, half, single, found", [
