@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -413,6 +414,10 @@ def encode_images_once(model: Model) -> None:
     def remember_pixels(_: Model, __: Any, inputs: dict[str, Any]) -> None:
         pixels[0], calls[0] = inputs.get("pixel_values"), 0
 
+    def in_order(_: Model, __: Any, patches: Any) -> Any:
+        # They come transposed, and every norm after them would copy them.
+        return patches.contiguous() if isinstance(patches, Tensor) else patches
+
     def encode(tower: Model, *args: Any, **kwargs: Any) -> Any:
         key = pixels[0]
         if key is None or any(p.requires_grad for p in tower.parameters()):
@@ -426,6 +431,8 @@ def encode_images_once(model: Model) -> None:
     model.base_model.register_forward_pre_hook(remember_pixels, with_kwargs=True)
     for tower in dyme.vision_towers(model):
         tower.forward = functools.partial(encode, tower)
+        if embeddings := getattr(tower, "embeddings", None):
+            embeddings.register_forward_hook(in_order)
 
 
 # ---- CUDA graphs: a step of decoding is recorded once and replayed -------------------------------
@@ -472,28 +479,32 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-# ---- A tiny model on a CPU: a step of decoding is recorded once, and runs without Python ---------
-# In the toy's step Python took a third of the time.
+# ---- TorchScript: on a CPU a step of decoding is recorded once for a model -----------------------
+# Without Python in between, a step of the toy takes two thirds of the time.
 
 
 def without_python(decoder: Decoder) -> Callable[[], None]:
-    """A decoder's step as TorchScript, recorded once for all decoders of a model.
+    """A decoder's step as a program, recorded once for all decoders of a model.
 
-    Forward hooks are called while it is recorded, and not again. A large model's layers are
-    packed, which cannot be recorded: its step is left as it is.
+    Forward hooks are called while it is recorded, and not again.
     """
-    model, prefix = decoder.model, decoder.prefix
-    if model.num_parameters() >= parallel.TINY:
+    model, prefix, half = decoder.model, decoder.prefix, torch.is_autocast_enabled("cpu")
+    packed = [layer for layer in model.modules() if getattr(layer, "packed", None) is not None]
+    if half and not packed:  # a program would cast all weights for every token
         return decoder.step
-    # Where a step finds what differs between steps and decoders: a program gets it anew each time.
+    # Where a step finds its tensors. A program is given all of them anew each time, the weights
+    # too: what it had recorded of them would not change with them.
     names = ("t", "since", "open", "slots", "rows", "alive", "ids", "entropy", "uniforms")
-    places: list[tuple[Any, str]] = [(decoder, name) for name in names]
-    places += [(prefix, "mask"), (prefix, "position")]
-    places += itertools.product(prefix.cache.layers, ("keys", "values", "slots", "end"))
+    places = [(vars(decoder), name) for name in names]
+    places += [(vars(prefix), name) for name in ("mask", "position")]
+    places += itertools.product(map(vars, prefix.cache.layers), ("keys", "values", "slots", "end"))
+    places += [(vars(layer), "packed") for layer in packed]
+    places += [(m._parameters, name) for m in model.modules()
+               for name, p in m._parameters.items() if p is not None]
 
     def put(values: Iterable[Any]) -> None:
         for (owner, name), value in zip(places, values, strict=True):
-            setattr(owner, name, value)
+            owner[name] = value
 
     def run(*values: Tensor) -> Tensor:
         put(values)
@@ -501,47 +512,57 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
         return decoder.t  # a program must return something
 
     def step() -> None:
-        values = [getattr(*place) for place in places]
-        tensors = [torch.as_tensor(value) for value in values]
+        values = [owner[name] for owner, name in places]
         # What is no tensor is recorded as it is.
-        kind = decoder.K, decoder.temperature, dyme.draw
+        kind = decoder.K, decoder.temperature, half, len(packed), dyme.draw
         programs = vars(model).setdefault("programs", Programs())
         if kind not in programs:
-            programs[kind] = record(model, run, [x.clone() for x in tensors])
+            programs[kind] = record(run, values)
             put(values)  # recording has left its copies there
-        (programs[kind] or run)(*tensors)
+        if programs[kind] is None:
+            decoder.step()
+        else:
+            with torch.jit.optimized_execution(False):  # to optimize takes longer than it saves
+                programs[kind](*map(torch.as_tensor, values))
 
     return step
 
 
 class Programs(dict):
-    """A model's recorded steps; a copy of the model, whose weights are others, has none yet."""
+    """A model's recorded steps, which cannot be copied with it."""
 
     def __reduce__(self) -> tuple[type, tuple]:
         return Programs, ()
 
 
-def record(model: Model, run: Callable[..., Tensor], tensors: list[Tensor]) -> Any:
+def record(run: Callable[..., Tensor], values: list[Any]) -> Callable[..., Tensor] | None:
     """A function as TorchScript, or None if it does more than a sequence of operations."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:  # a weight that requires gradients cannot be recorded
-        p.requires_grad_(False)
+    fixed = [isinstance(x, torch.nn.Parameter) or torch.as_tensor(x).is_mkldnn for x in values]
+    copies = [x if keep else torch.as_tensor(x).clone()
+              for x, keep in zip(values, fixed, strict=True)]  # of what the step writes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("error", torch.jit.TracerWarning)  # a number taken from a tensor
-            return torch.jit.trace(run, tuple(tensors), check_trace=False)
+            # A number taken from a tensor, but for what PyTorch itself checks, would stay as it is.
+            warnings.simplefilter("error", torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", module="torch.nn", category=torch.jit.TracerWarning)
+            return torch.jit.trace(run, tuple(copies), check_trace=False)
     except Exception:  # noqa: BLE001 - models fail in many ways, and all mean the same here
         return None
-    finally:
-        for p in trained:
-            p.requires_grad_()
 
 
 # ---- Matrix products on a CPU --------------------------------------------------------------------
-# For float32 PyTorch takes MKL. With AVX-512 on an AMD processor oneDNN was twice as fast; with
-# AVX2 it is a little slower. For few rows at a time, as in decoding, oneDNN is faster on both, if
-# the weight is stored as it wants it (packed): else it copies the weight in every call.
+# For float32 PyTorch takes MKL. With AVX-512 on an AMD processor oneDNN was twice as fast; on one
+# of Intel's, or with AVX2, it is a little slower. For few rows at a time, as in decoding, it is
+# faster on all, if the weight is stored as it wants it (packed): else each call copies the weight.
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Does oneDNN multiply many rows of float32 faster than MKL on this processor?"""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return "AuthenticAMD" in name and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def use_onednn(model: Model, least: float = parallel.TINY) -> None:
@@ -565,8 +586,7 @@ def packed_weights(model: Model, rows: int) -> Iterator[None]:
     try:
         for layer in layers:  # in bf16, autocast would cast them again for every token
             weight = in_precision(layer.weight.detach())
-            bias = None if layer.bias is None else in_precision(layer.bias.detach())
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
     finally:  # the next step's weights are others
         for layer in layers:
@@ -583,14 +603,16 @@ def in_precision(x: Tensor) -> Tensor:
 class Linear(torch.nn.Linear):
     """A linear layer that multiplies by oneDNN, as PyTorch does by itself in bf16."""
 
-    packed: tuple[Tensor, Tensor | None] | None = None
+    packed: Tensor | None = None  # the weight, while decoding
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., D)` to (..., W)."""
         if self.packed is not None:
-            return product(in_precision(x), *self.packed)
+            bias = None if self.bias is None else in_precision(self.bias)
+            multiply = scripted_product() if torch.jit.is_tracing() else product
+            return multiply(in_precision(x), self.packed, bias)
         float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not float32 or torch.backends.cpu.get_cpu_capability() != "AVX512" or x.numel() == 0:
+        if not float32 or x.numel() == 0 or not onednn_is_faster():
             return super().forward(x)
         y = Product.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
@@ -619,3 +641,11 @@ class Product(torch.autograd.Function):
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b^T of `a: (..., D)` and `b: (N, D)`, (..., N), by oneDNN; needs no contiguous memory."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@functools.cache
+def scripted_product() -> Callable[..., Tensor]:
+    """`product` as it can be recorded, which its empty list otherwise prevents."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(product)

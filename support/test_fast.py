@@ -252,6 +252,19 @@ def test_the_toys_step_is_recorded_once_and_samples_the_same(
     assert len({len(y.ids) for y in ours}) > 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_follows_the_weights(kind: str) -> None:
+    policies = both(kind)
+    for seed in range(3):
+        inputs, uniforms = pad_batch(make_prompts(kind)), torch.rand(6, 24)
+        expected, ours = (p.rollout(p, [inputs], uniforms, 2, 1.0) for p in policies)
+        assert_same(ours, expected)
+        for pair in zip(*(policy.model.parameters() for policy in policies), strict=True):
+            values = pair[0] + 0.1 * torch.randn_like(pair[0])
+            for p in pair:  # in place, as an optimiser does, or another tensor
+                p.data = values.detach().clone() if seed else p.data.copy_(values)
+
+
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(
         tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
@@ -593,6 +606,18 @@ def test_images_are_encoded_once_and_change_no_gradient(family: str) -> None:
     assert not torch.allclose(changed["logprobs"], ours["logprobs"])  # other images are encoded
 
 
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+def test_a_towers_patches_are_laid_out_in_order(family: str) -> None:
+    """Transposed, as the convolution leaves them, every norm would copy them."""
+    outputs: list[Tensor] = []
+    for policy in both(family):
+        tower = dyme.vision_towers(policy.model)[0]
+        tower.embeddings.register_forward_hook(lambda _, __, out: outputs.append(out))
+        dyme.encode_prefix(policy.model, pad_batch(make_prompts(family)))
+    assert torch.equal(*outputs)
+    assert [out.is_contiguous() for out in outputs] == [False, True]
+
+
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_what_comes_after_the_tower_is_not_kept(family: str) -> None:
     """Or the graph of the connector would stay in memory with the pixels."""
@@ -716,7 +741,7 @@ def test_a_linear_layer_by_onednn_is_a_linear_layer(
     plain = torch.nn.Linear(24, 40, bias=bias)
     ours, calls, product = copy.deepcopy(plain), [], fast.product
     ours.__class__ = fast.Linear
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(fast, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(fast, "product", lambda a, b: calls.append(1) or product(a, b))
     for shape in ((24,), (7, 24), (2, 7, 24), (2, 3, 7, 24), (0, 24)):
         x = torch.randn(*shape).requires_grad_()
@@ -729,6 +754,17 @@ def test_a_linear_layer_by_onednn_is_a_linear_layer(
         assert torch.allclose(x.grad, y.grad, atol=1e-5)
     assert len(calls) == 3 * 4  # forward and both gradients; nothing is multiplied by nothing
     assert_close(gradients(plain), gradients(ours), 1e-4)
+
+
+@pytest.mark.parametrize("vendor, capability, expected", [
+    ("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False),
+    ("GenuineIntel", "AVX512", False)])
+def test_onednn_multiplies_many_rows_where_it_is_faster_than_mkl(
+        monkeypatch: Patch, vendor: str, capability: str, expected: bool) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id : {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fast.onednn_is_faster.__wrapped__() == expected
 
 
 def test_onednn_leaves_frozen_weights_and_other_precisions_alone(
@@ -757,10 +793,12 @@ def test_a_model_by_onednn_has_the_same_loss_and_gradients(
         assert_close(found, results[0][1], 1e-4)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
 def test_packed_weights_sample_the_same_and_are_given_back(
-        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example],
+        tiny: Policy, by_onednn: torch.nn.Module, examples: list[Example], recorded: bool,
         monkeypatch: Patch) -> None:
-    monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)  # as it is if large
+    if not recorded:
+        monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)
     inputs, uniforms, packed = dyme.encode_prompts(tiny, examples[:2], 12), torch.rand(4, 12), []
     layers = [m for m in by_onednn.modules() if isinstance(m, fast.Linear)]
     by_onednn.base_model.register_forward_pre_hook(
@@ -774,7 +812,9 @@ def test_packed_weights_sample_the_same_and_are_given_back(
         with torch.no_grad():
             by_onednn.lm_head.weight.mul_(-1)
     in_language_model = 3 * 7 + 1 + 1  # three layers, the connector, the head
-    assert packed == [0, *[in_language_model] * 11] * 2
+    # Of eleven steps one is recorded, in the first rollout.
+    steps = [[in_language_model], []] if recorded else [[in_language_model] * 11] * 2
+    assert packed == [0, *steps[0], 0, *steps[1]]
     assert all(layer.packed is None for layer in layers)
 
 
@@ -795,7 +835,7 @@ def test_packed_weights_are_cast_to_the_precision_of_decoding(
         expected = F.linear(x, layer.weight, layer.bias)
         with fast.packed_weights(model, 3):
             if has_bf16:
-                assert layer.packed[0].dtype == torch.bfloat16
+                assert layer.packed.dtype == torch.bfloat16
             found = layer(x)
     assert found.dtype == expected.dtype == torch.bfloat16
     assert torch.allclose(found, expected, atol=0.01)
