@@ -154,7 +154,8 @@ AS_TYPED = str.maketrans(  # typography and full-width forms, as they are typed 
     | dict.fromkeys(map(ord, "，、"), ", ")  # with a space: never part of a number
     | dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
     | dict.fromkeys(map(ord, "‘’‚′"), "'") | dict.fromkeys(map(ord, "“”„″«»"), '"'))
-TEX = [(r"(?<=\d)\{,\}(?=\d)", ","), (r"\\[,;: ]|\\quad\b|~", " "), (r"\\([%$&#])", r"\1"),
+TEX = [(r"\\!", ""), (r"(?<=\d)\{,\}(?=\d)", ","), (r"\\[,;: ]|\\quad\b|~", " "),
+       (r"\\([%$&#])", r"\1"),
        (r"\\[()\[\]]|\\(?:left|right|displaystyle)\b", ""),
        (r"\^ ?(?:\\circ\b|\{ ?\\circ ?\})|\\degree\b", "°"),
        (r"\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}", r" \1/\2"),
@@ -168,7 +169,7 @@ def strip_answer(text: str) -> str:
     """
     text = unicodedata.normalize("NFC", text).translate(AS_TYPED)
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # invisible characters
-    for pattern, typed in TEX if "\\" in text else []:
+    for pattern, typed in TEX if re.search(r"\\|\d\{,\}\d", text) else []:
         text = re.sub(pattern, typed, text)
     # Single spaces inside too, or the patterns below would take quadratic time on many.
     text = " ".join(text.split())
@@ -211,8 +212,8 @@ NUMBER_TEXT = re.compile(
 _stem = functools.partial(re.sub, "(?:ies|es|e|y|s)$", "")
 # These change the number before them ("5 or 6", "5 more", "5 million"), so they are no units.
 VALUE_WORDS = set(map(_stem, [*SCALES, *NAMED, *(
-    "and or of to not no more less fewer than over under above below by times half minus plus "
-    "dozen percent from between per x".split())]))
+    "and or to not no more less fewer than over under above below by half minus plus "
+    "dozen percent from between b k n q x z".split())]))
 
 
 def read_number(text: str) -> tuple[Fraction, str] | None:

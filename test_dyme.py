@@ -89,6 +89,7 @@ def test_relaxed_match_is_the_official_metric(prediction: str, target: str, righ
     ("5 bars", "5"), ("the red bar", "red"), ("The answer is: 5.", "5"), ("= 5", "5"),
     ("about 5", "5"),
     ("Yes, it is.", "Yes"), ("No, it is not.", "No"), ("Red!", "Red"), ("true", "True"),
+    ("$8{,}142$", "8142"), (r"900,\!000,\!000", "900000000"), ("5 of the bars", "5"),
 ])
 def test_verify_forgives_formatting(answer: str, target: str) -> None:
     example = Example("Which bar of the bars?", target)
@@ -120,6 +121,12 @@ def test_verify_never_forgives_a_wrong_value(answer: str, target: str) -> None:
 def test_units_of_the_question_and_items_of_a_list_are_what_they_are() -> None:
     # A unit may be left out if the question names it, but not a word that is part of the number.
     assert not reward.answers_match("5 million", "5", question="Is it more than a million?")
+    assert not reward.answers_match("3 n", "3", question="Find the least n.")  # a variable
+    candy = "How many pieces of candy are there per bag?"
+    assert reward.answers_match("14 pieces of candy per bag", "14", question=candy)
+    assert not reward.answers_match("14 of 20 pieces", "14", question=candy)
+    assert reward.answers_match("3.9 times", "3.9", question="By how many times did it grow?")
+    assert not reward.answers_match("5 times 6", "5", question="By how many times did it grow?")
     # ChartQA's tolerance is for single numbers: as published, a list is compared as text.
     assert reward.answers_match("100, 5", "[100, 5]", 0.05)
     assert not reward.answers_match("2014, 2015", "[2014, 2016]", 0.05)

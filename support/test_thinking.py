@@ -145,6 +145,14 @@ def test_facts_set_in_columns_are_read_at_once() -> None:
      "Finland (News) = 62%, Norway (News) = 57%. Finland."),
     ("What is the difference of April and January?", "12.6", MONTHS,
      "April is 9.1, January -3.5. 9.1 - (-3.5) = 12.6"),
+    # What follows the answer repeats the question.
+    ("What were sales in 2015?", "12", YEARS, "Sales were 12 in 2015."),
+    ("What were songs in Q3?", "12", "Q2 = 18, Q3 = 12", "There were 12 songs in Q3."),
+    ("What is the difference between 2015 and 2016?", "6", YEARS,
+     "18 - 12 = 6. The difference between 2015 and 2016 is 6."),
+    ("How much more does blue read than red?", "3", BARS, "7 - 4 = 3. Blue reads 3 more than red."),
+    ("Are red and blue above 9?", "Yes", BARS, "Red 4 and blue 7: 4 + 7 > 9, so yes."),
+    ("Is red cheaper?", "Yes", "red $27, blue $75", "$27 is less than $75, so yes."),
 ])
 def test_sensible_thinking_is_valid(question: str, answer: str, facts: str, thought: str) -> None:
     example = Example(question, answer, facts=facts)
@@ -164,6 +172,12 @@ def test_sensible_thinking_is_valid(question: str, answer: str, facts: str, thou
      "4 is more than 7 is false"),
     ("Is blue taller than red?", "Yes", BARS, "Blue is 7 and red is 4, so no.",
      "it does not end in Yes"),
+    ("Is red cheaper?", "No", "red $75, blue $27", "$75 is less than $27, so no.",
+     "75 is less than 27 is false"),
+    ("What were sales in 2015?", "12", YEARS, "2015 = 12, but sales were 18 in 2016.",
+     "it does not end in 12"),
+    ("What is the difference between 2015 and 2016?", "6", YEARS,
+     "18 - 12 = 6. The difference between 2015 and 2016 is 9.", "it does not end in 6"),
     ("sum?", "64", YEARS, "12+18+9+25=64.4 so 64", "12 + 18 + 9 + 25 = 64.4 is false"),
     ("ages?", "25", YEARS, "12 - 18 = 9, so 25", "12 - 18 = 9 is false"),
     ("Where is the most trust in news?", "Finland", TABLE, "Finland (News) = 48%. Finland.",
@@ -219,7 +233,8 @@ def test_thinking_is_judged_as_a_person_would(valid: bool, most_misjudged: int) 
     "4 plus 7 is 11", "60 students x 2/3 = 40", "120 * (1-20%) = 96", "80% * 80% = 64%",
     "2.50 - 2.24 = 26 cents",
     "30 x (1 and 1/3) = 40", "$80 000 x 20/100 = $16 000", "4^2 = 16", "2(3 + 4) = 14",
-    "64 = 12 + 52", "100 / 3 = 33", r"9 \times 2 = 18", r"\frac{7}{2} \cdot 1600 \div 2 = 2800"])
+    "64 = 12 + 52", "100 / 3 = 33", r"9 \times 2 = 18", r"\frac{7}{2} \cdot 1600 \div 2 = 2800",
+    r"6 \times 1\frac{1}{10} = 6.6", r"\frac{-15}{2} = -7\frac{1}{2}"])
 def test_true_equations_are_read(text: str) -> None:
     assert [e.true for e in equations(text)] == [True]
 
@@ -242,7 +257,8 @@ def test_false_equations_are_read(text: str) -> None:
     # From published solutions whose answers are right.
     "she received 1/2 dozen = 6 brownies", "1 1/2 dozen = 18 brownies", "This 2/5 equals 12.8",
     "3/4 gallon = (3/4) * 8 = 6 pints", "W2 = W1 + 10 = 20 + 10 = 30",
-    "24 x 50 percent = 12 pounds", "35 + 25 = (3/4)(F - 5)"])
+    "24 x 50 percent = 12 pounds", "35 + 25 = (3/4)(F - 5)", "17/7=2 r3",
+    "17 ÷ 5 = 3 remainder 2"])
 def test_what_is_no_equation_or_cannot_be_read_is_not_called_false(text: str) -> None:
     assert not [e for e in equations(text) if e.true is False]
 

@@ -110,7 +110,8 @@ def thinking_fault(response: str, example: Example) -> str:
         return "nothing is quoted from the image"
     # A right answer may be written otherwise than the example's ("42 %" for "42").
     right = verify(response, example, tolerance=example.tolerance).correct
-    if not any(concludes(thinking, a) for a in [example.answer, *(answers[:1] if right else [])]):
+    accepted = [example.answer, *(answers[:1] if right else [])]
+    if not any(concludes(thinking, answer, example.question) for answer in accepted):
         return f"it does not end in {example.answer}"
     unknown = [f"where {thinking[a:b]} comes from" for a, b, grounded in quoted if grounded is None]
     unknown += [e.text for e in found if e.true is None] + _unused(thinking, found, example.answer)
@@ -137,13 +138,15 @@ def _unused(thinking: str, found: list["Equation"], answer: str) -> list[str]:
 
 def _false_comparisons(thinking: str) -> list[str]:
     """Find `4 > 4`, also with names (`red 4 > blue 7`), and "4 is more than 7"."""
-    found = re.finditer(rf"(?<![\d.,])({NUMBER})(?: [a-z]+)? ?(>|<|is (?:{MORE}) than) ?"
-                        rf"(?:[a-z]+ )?({NUMBER})(?! ?[-+*/])", _typed(thinking))
-    return [m[0] for m in found if (_value(m[1]) - _value(m[3])) * (
+    # No part of a calculation: `4 + 7 > 9`.
+    found = re.finditer(rf"(?<![\d.,])(?<![-+*/^] )(?<![-+*/^])({NUMBER})(?: [a-z]+)? ?"
+                        rf"(>|<|is (?:{MORE}) than) {{0,2}}(?:[a-z]+ )?({NUMBER})(?! ?[-+*/])",
+                        _typed(thinking))
+    return [" ".join(m[0].split()) for m in found if (_value(m[1]) - _value(m[3])) * (
         -1 if re.search("<|less|few|short|low|small", m[2]) else 1) <= 0]
 
 
-def concludes(thinking: str, answer: str) -> bool:
+def concludes(thinking: str, answer: str, question: str = "") -> bool:
     """Does the end of a text say the answer, or for yes and no at least not the other one?"""
     sentences = re.split(r"(?<=[.!?])\s+|\n+|;", _typed(thinking).strip())
     answer, last = reward.plain(answer), reward.plain(sentences[-1])
@@ -151,8 +154,11 @@ def concludes(thinking: str, answer: str) -> bool:
         last = next((s for s in reversed(sentences) if re.search(r"\d", s)), "")
         last = re.split(r"\b(?:where|because|since)\b", last)[0]
         _, *said = re.split(r"\b(?:so|thus|hence|therefore|answer|conclusion)\b", last)
-        numbers = re.findall(rf"(?:{SIGNED}) ?%?", said[-1] if said else last)
-        numbers = numbers if said else numbers[-1:]
+        numbers = re.findall(rf"(?<!\w)(?:{SIGNED}) ?%?", said[-1] if said else last)
+        # The question's may follow: "Sales were 12 in 2015".
+        asked = re.findall(NUMBER, question)
+        new = [n for n in numbers if re.search(NUMBER, n)[0] not in asked]
+        numbers = numbers if said else numbers[-1:] + new[-1:]
         return any(reward.answers_match(n, answer) for n in numbers) or ends_in(thinking, answer)
     if answer in ("yes", "no"):
         return not re.search(r"\bno\b" if answer == "yes" else r"\byes\b", last)
@@ -251,9 +257,10 @@ def _readings(text: str, facts: str) -> dict[int, bool]:
         number, end, link = m[4] or m[5], m.end(4) if m[4] else m.end(5), m[3] or ""
         before = text[max(0, m.start() - 30):m.start()]
         # The sum of two bars, or what one has more than another, is no bar's height.
-        if link.endswith("in ") or re.search(r"[=:]|\b(?:is|was|are|has|have|had)\b", link) and (
+        states = re.search(r"[=:]|\b(?:is|was|are|has|have|had|reads?|shows?)\b", link)
+        if link.endswith("in ") or states and (
                 re.match(RELATIVE, text[end:end + 30]) or re.search(OTHER, before)
-                or re.search(rf"{CUES}\W+(?:\w+ ){{0,2}}$", before)):
+                or re.search(rf"{CUES}\W+(?:\w+ ){{0,4}}$", before)):
             continue
         labels, nearest = {names[n] for n in (m[1], m[2], m[6]) if n}, {names[m[2] or m[6]]}
         values = ([v for own, v in cells if labels <= own]
@@ -340,6 +347,7 @@ UNIT = (r"(?:/ ?[a-z]{2,}| \([a-z ]{1,30}\)"
         r"[a-z]{2,})")
 CALCULATION = {
     r"\\(?:times|cdot)\b": "*", r"\\div\b": "/",
+    r"(?<=\d)\\[dt]?frac ?{(\d+)} ?{(\d+)}": r" \1/\2",
     r"\\[dt]?frac ?{([^{}]{1,30})} ?{([^{}]{1,30})}": r"((\1)/(\2))",
     r"\bplus\b": "+", r"\bminus\b": "-", r"\bdivided by\b": "/", r"\bequals\b": "=",
     r"\b(?:times|multiplied by)\b|(?<![a-z])x(?= {0,3}[\d(.])": "*",
@@ -349,7 +357,7 @@ CALCULATION = {
     r"(?<=[\d)%]) (?:is|are|makes?|gives?)(?= +-?[\d.])": "≡", r"(?<=[=≡]) ?- (?=[\d.])": "-",
     r"(?<=\d) (?=\d{3}(?!\d|\.\d))(?<!\d{4} )": ",",  # 350 000
     r",(?!\d{3}(?!\d))|\.(?!\d)": ";"}
-OPERAND = rf"(?:\( ?){{0,4}}-?(?:\d{{1,2}} {{1,7}}\d/\d+|{NUMBER})%?(?: ?\)){{0,4}}"
+OPERAND = rf"(?:\( ?){{0,4}}-?(?:\d{{1,3}} {{1,12}}\d/\d+|{NUMBER})%?(?: ?\)){{0,4}}"
 EXPRESSION = rf"(?:(?<![\w)%])-)?{OPERAND}(?:(?: *[-+*/^] *-?|(?=\()){OPERAND})*"
 OPERATOR = r"[\d)%] *[-+*/^]|\d\("
 # Before an expression that began earlier: V + 15, his 25 + his 1, 1/2 (68), 13,2000, 6:00 + 18, W1.
@@ -372,9 +380,9 @@ def equations(thinking: str) -> list[Equation]:
             continue
         side, number = (right, left) if by_right and not by_left else (left, right)
         after = text[b.end():b.end() + 5]
-        unread = (not in_chain  # `4 + 7 = eleven`, `V + 15 = 141`, `3 + 4 = 7x`
+        unread = (not in_chain  # `4 + 7 = eleven`, `V + 15 = 141`, `3 + 4 = 7x`, `7 / 2 = 3 r1`
                   or re.search(BEFORE, text[max(0, a.start() - 9):a.start()] + left[:1])
-                  or re.match(r"\(?[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]|;;", after))
+                  or re.match(r"\(?[a-z](?![a-z])| ?[-+*/^] ?\(?[a-z]| r(?:em| ?\d)|;;", after))
         true = None if unread else _equal(side, number, after)
         # `ages 18-29 = 42`, `half of 60 is 60 / 2`, `2 hours = 120 minutes`, `1/2 dozen = 6` state
         # values.
