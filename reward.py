@@ -112,7 +112,7 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
 
     A target such as "[Cape Verde, 5]" is a list: the prediction, with or without brackets, must
     have the same elements in the same order, without tolerance. The question says which unit may be
-    named: "5 bars".
+    named ("5 bars"), and what letters stand for.
     """
     prediction, target = strip_answer(prediction), strip_answer(target)
     if not target or prediction.lower() == target.lower():
@@ -138,7 +138,21 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     said, right = (_plain_words(text, question) for text in (prediction, target))
     if right in CONTRARY and re.match(rf"{right}[,;:.!] [^\W\d]", said):  # "Yes, it is."
         return not re.search(CONTRARY[right], said)
-    return said == right
+    return said == right or choice(prediction, question) == choice(target, question) != ""
+
+
+CHOICE = re.compile(r"(?:^|\s)\(?([A-J])[).:]\s+(.+?)(?=[,;]?\s+\(?[A-J][).:]\s|\s*$)")
+
+
+def choice(answer: str, question: str) -> str:
+    """The letter that an answer means among "(A) rise (B) fall" of a question, or ""."""
+    listed = dict(CHOICE.findall(" ".join(question.split())))
+    if len(listed) < 2 or not "ABCDEFGHIJ".startswith("".join(listed)):
+        return ""
+    both = re.fullmatch(r"\(?([A-J])\b[).:,]{0,2}(?: +(.+))?", answer)
+    if both and answers_match(both[2] or listed.get(both[1], ""), listed.get(both[1], "")):
+        return both[1]
+    return next((letter for letter in listed if answers_match(answer, listed[letter])), "")
 
 
 is_list = re.compile(r"\[.*\]", re.DOTALL).fullmatch  # is it written in square brackets?
