@@ -517,8 +517,12 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
         kind = decoder.K, decoder.temperature, half, len(packed), dyme.draw
         programs = vars(model).setdefault("programs", Programs())
         if kind not in programs:
-            programs[kind] = record(run, values)
-            put(values)  # recording has left its copies there
+            # A recording takes the step: on copies, but for the cache, where writing the same twice
+            # does no harm.
+            tensors = [*map(torch.as_tensor, values)]
+            programs[kind] = record(run, [x.clone() for x in tensors[:len(names)]]
+                                    + tensors[len(names):])
+            put(values)
         if programs[kind] is None:
             decoder.step()
         else:
@@ -535,18 +539,15 @@ class Programs(dict):
         return Programs, ()
 
 
-def record(run: Callable[..., Tensor], values: list[Any]) -> Callable[..., Tensor] | None:
+def record(run: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[..., Tensor] | None:
     """A function as TorchScript, or None if it does more than a sequence of operations."""
-    fixed = [isinstance(x, torch.nn.Parameter) or torch.as_tensor(x).is_mkldnn for x in values]
-    copies = [x if keep else torch.as_tensor(x).clone()
-              for x, keep in zip(values, fixed, strict=True)]  # of what the step writes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             # A number taken from a tensor, but for what PyTorch itself checks, would stay as it is.
             warnings.simplefilter("error", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", module="torch.nn", category=torch.jit.TracerWarning)
-            return torch.jit.trace(run, tuple(copies), check_trace=False)
+            return torch.jit.trace(run, tuple(tensors), check_trace=False)
     except Exception:  # noqa: BLE001 - models fail in many ways, and all mean the same here
         return None
 
