@@ -205,6 +205,7 @@ def _plain_words(text: str, question: str) -> str:
     """Lower case, without an article or the noun asked for: "the red bar" after "Which bar"."""
     asked = re.search(r"\b(?:which|what) (\w+)", question.lower())
     text = text.lower().removesuffix(f" {asked[1]}" if asked else "").removeprefix("the ")
+    text = re.sub(r"(?<=\d) ?([ap])\.? ?m\b\.?", r" \1m", text)  # 2:35 P.M.
     return re.sub(r"(?<=\d) ?(?:-|to) ?(?=\d)", "-", text)  # a range
 
 

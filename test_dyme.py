@@ -90,6 +90,7 @@ def test_relaxed_match_is_the_official_metric(prediction: str, target: str, righ
     ("about 5", "5"),
     ("Yes, it is.", "Yes"), ("No, it is not.", "No"), ("Red!", "Red"), ("true", "True"),
     ("$8{,}142$", "8142"), (r"900,\!000,\!000", "900000000"), ("5 of the bars", "5"),
+    ("2:35 PM", "2:35 P.M."), ("2:35p.m.", "2:35 pm"),
 ])
 def test_verify_forgives_formatting(answer: str, target: str) -> None:
     example = Example("Which bar of the bars?", target)
@@ -112,6 +113,7 @@ def test_verify_forgives_formatting(answer: str, target: str) -> None:
     ("**", "*"),
     ("not left", "Left"), ("left right", "Left"), ("Yes and no", "Yes"), ("Yes, but no", "Yes"),
     ("No idea", "No"),
+    ("2:35 AM", "2:35 P.M."), ("2:35", "2:35 P.M."), ("5 pm", "5"),
     ("A negative", "negative"), ("<span>", "<div>"), ("Cote", "Côte"),
 ])
 def test_verify_never_forgives_a_wrong_value(answer: str, target: str) -> None:
