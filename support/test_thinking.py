@@ -151,6 +151,7 @@ def test_facts_set_in_columns_are_read_at_once() -> None:
     ("What is the difference between 2015 and 2016?", "6", YEARS,
      "18 - 12 = 6. The difference between 2015 and 2016 is 6."),
     ("How much more does blue read than red?", "3", BARS, "7 - 4 = 3. Blue reads 3 more than red."),
+    ("How many are left?", "4", "start 13, sells 12, buys 3", "13 - 12 = 1, 1 + 3 = 4."),
     ("Are red and blue above 9?", "Yes", BARS, "Red 4 and blue 7: 4 + 7 > 9, so yes."),
     ("Is red cheaper?", "Yes", "red $27, blue $75", "$27 is less than $75, so yes."),
 ])

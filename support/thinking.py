@@ -130,7 +130,7 @@ def _unused(thinking: str, found: list["Equation"], answer: str) -> list[str]:
     counts = Counter(_values(thinking) + [x for e in found for x in e.operands])
     for e in found if wanted else []:  # in words, an answer need not follow from numbers alone
         size, percent = abs(e.result), round(abs(100 * e.result), 6)
-        own = e.text.count(f"{size:g}") + e.operands.count(size)
+        own = _values(e.text).count(size) + e.operands.count(size)
         if counts[size] <= own and not counts[percent] and wanted not in (size, percent):
             unused.append(f"what {e.text} is for")
     return unused
