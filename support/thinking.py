@@ -157,7 +157,7 @@ def concludes(thinking: str, answer: str, question: str = "") -> bool:
         numbers = re.findall(rf"(?<!\w)(?:{SIGNED}) ?%?", said[-1] if said else last)
         # The question's may follow: "Sales were 12 in 2015".
         asked = re.findall(NUMBER, question)
-        new = [n for n in numbers if re.search(NUMBER, n)[0] not in asked]
+        new = [n for n in numbers if not {*re.findall(NUMBER, n)} & {*asked}]
         numbers = numbers if said else numbers[-1:] + new[-1:]
         return any(reward.answers_match(n, answer) for n in numbers) or ends_in(thinking, answer)
     if answer in ("yes", "no"):
