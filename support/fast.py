@@ -520,6 +520,7 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
             # A recording takes the step: on copies, but for the cache, where writing the same twice
             # does no harm.
             tensors = [*map(torch.as_tensor, values)]
+            programs[kind] = None  # for good, if an interrupt comes in between
             programs[kind] = record(run, [x.clone() for x in tensors[:len(names)]]
                                     + tensors[len(names):])
             put(values)
@@ -541,13 +542,15 @@ class Programs(dict):
 
 def record(run: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[..., Tensor] | None:
     """A function as TorchScript, or None if it does more than a sequence of operations."""
+    once = [run]  # taken out: a program keeps what it was recorded from, here a decoder's cache
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             # A number taken from a tensor, but for what PyTorch itself checks, would stay as it is.
             warnings.simplefilter("error", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", module="torch.nn", category=torch.jit.TracerWarning)
-            return torch.jit.trace(run, tuple(tensors), check_trace=False)
+            return torch.jit.trace(
+                lambda *given: once.pop()(*given), tuple(tensors), check_trace=False)
     except Exception:  # noqa: BLE001 - models fail in many ways, and all mean the same here
         return None
 

@@ -244,9 +244,11 @@ def toy_rollouts(policy: Policy, examples: list[Example]) -> list[Response]:
 def test_the_toys_step_is_recorded_once_and_samples_the_same(
         tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
     steps, step = [], fast.Decoder.step
-    monkeypatch.setattr(fast.Decoder, "step", lambda self: steps.append(1) or step(self))
+    monkeypatch.setattr(
+        fast.Decoder, "step", lambda self: steps.append(weakref.ref(self)) or step(self))
     ours = toy_rollouts(tiny, examples)
     assert len(steps) == 3  # one for each K and temperature
+    assert not any(decoder() for decoder in steps)  # nor is a recorded one's cache kept
     monkeypatch.setattr(fast, "without_python", lambda decoder: decoder.step)
     assert toy_rollouts(tiny, examples) == ours  # ids and entropies, bit for bit
     assert len({len(y.ids) for y in ours}) > 3
