@@ -141,18 +141,20 @@ def answers_match(prediction: str, target: str, tolerance: float = 0.0, question
     return said == right or choice(prediction, question) == choice(target, question) != ""
 
 
-CHOICE = re.compile(r"(?:^|\s)\(?([A-J])[).:]\s+(.+?)(?=[,;]?\s+\(?[A-J][).:]\s|\s*$)")
+CHOICE = re.compile(r"(?m)(?:^|\s)\(?([A-J])[).:][^\S\n]+(.+?)(?=[,;]?\s+\(?[A-J][).:]\s|\s*$)")
 
 
 def choice(answer: str, question: str) -> str:
     """The letter that an answer means among "(A) rise (B) fall" of a question, or ""."""
-    listed = dict(CHOICE.findall(" ".join(question.split())))
-    if len(listed) < 2 or not "ABCDEFGHIJ".startswith("".join(listed)):
-        return ""
-    both = re.fullmatch(r"\(?([A-J])\b[).:,]{0,2}(?: +(.+))?", answer)
+    *_, question = re.split(r"(?m)(?=(?:^|\s)\(?A[).:]\s)", question)  # from the last A on
+    listed = dict(CHOICE.findall(question))
+    if len(listed) < 2 or "?" in question or not "ABCDEFGHIJ".startswith("".join(listed)):
+        return ""  # "A: 5, B: 7. Which is 7?" gives data
+    both = re.fullmatch(r"(?:[Oo]ption )?\(?([A-J])\b[).:,]{0,2}(?: +(.+))?", answer)
     if both and answers_match(both[2] or listed.get(both[1], ""), listed.get(both[1], "")):
         return both[1]
-    return next((letter for letter in listed if answers_match(answer, listed[letter])), "")
+    alike = [letter for letter in listed if plain(answer) == plain(listed[letter])]
+    return next(iter(alike or [x for x in listed if answers_match(answer, listed[x])]), "")
 
 
 is_list = re.compile(r"\[.*\]", re.DOTALL).fullmatch  # is it written in square brackets?
@@ -169,8 +171,7 @@ AS_TYPED = str.maketrans(  # typography and full-width forms, as they are typed 
     | dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
     | dict.fromkeys(map(ord, "‘’‚′"), "'") | dict.fromkeys(map(ord, "“”„″«»"), '"'))
 TEX = [(r"\\!", ""), (r"(?<=\d)\{,\}(?=\d)", ","), (r"\\[,;: ]|\\quad\b|~", " "),
-       (r"\\([%$&#])", r"\1"),
-       (r"\\[()\[\]]|\\(?:left|right|displaystyle)\b", ""),
+       (r"\\([%$&#])", r"\1"), (r"\\[()\[\]]|\\(?:left|right|displaystyle)\b", ""),
        (r"\^ ?(?:\\circ\b|\{ ?\\circ ?\})|\\degree\b", "°"),
        (r"\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}", r" \1/\2"),
        *[(r"\\(?:f?box(?:ed)?|text\w*|math\w+) ?\{([^{}]*)\}", r"\1")] * 3]  # \boxed{\text{red}}

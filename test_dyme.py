@@ -136,11 +136,13 @@ def test_units_of_the_question_and_items_of_a_list_are_what_they_are() -> None:
 
 @pytest.mark.parametrize("question", [
     "What follows? (A) shortage (B) surplus", "Which?\nChoices:\nA. shortage\nB. surplus\n",
-    "Which? A: shortage, B: surplus"])
+    "Which? A: shortage, B: surplus",
+    "If B. Smith owns tangent C. Which?\nA. shortage\nB. surplus\nAnswer with the letter alone."])
 def test_a_choice_that_the_question_lists_is_met_by_letter_or_text(question: str) -> None:
     for target in ("surplus", "B", "(B)", "B. surplus"):
         example = Example(question, target)
-        for right in ("B", "(B)", "B.", "surplus", "(B) surplus", "B: surplus", "The answer is B"):
+        for right in ("B", "(B)", "B.", "surplus", "(B) surplus", "B: surplus", "The answer is B",
+                      "Option B"):
             assert verify(f"Answer: {right}", example).correct, (target, right)
         for wrong in ("A", "shortage", "(B) shortage", "(A) surplus", "A or B", "C", "B C", "b c"):
             assert not verify(f"Answer: {wrong}", example).correct, (target, wrong)
@@ -149,7 +151,10 @@ def test_a_choice_that_the_question_lists_is_met_by_letter_or_text(question: str
 @pytest.mark.parametrize("question, target, answer", [
     ("Which?", "surplus", "B"), ("Is (B) a surplus?", "surplus", "B"),  # nothing is listed
     ("Which? (A) 5 (B) 7 (C) 9", "7", "C"), ("Which? (A) 5 (B) 7 (C) 9", "B", "9"),
-    ("How much Vitamin C. is in A. and B.?", "5", "C")])
+    ("How much Vitamin C. is in A. and B.?", "5", "C"),
+    ("Bars: A: 5, B: 7, C: 9. Which bar is 7?", "7", "B"),  # data
+    ("A: 5, B: 7, C: 9. What is the value of B?", "7", "B"),
+    ("Which? A. 50 B. 50%", "A", "50%"), ("Which? A. 50 B. 50%", "B", "50")])
 def test_a_letter_is_no_answer_where_it_stands_for_another(
         question: str, target: str, answer: str) -> None:
     assert not verify(f"Answer: {answer}", Example(question, target)).correct

@@ -6,8 +6,7 @@ Values, sampled ids and gradients are those of dyme.py, up to rounding (test_fas
 the K responses of a prompt share one copy of its keys and values, as one row of K parallel
 tokens when sampling, and packed end to end in the update; query heads that share keys do so
 without copies; images are encoded once for both; a step of decoding is recorded and replayed, on
-CUDA as a graph, on a CPU, if the model is tiny, as TorchScript; on an x86 processor oneDNN
-multiplies.
+CUDA as a graph, on a CPU as TorchScript; on an x86 processor oneDNN multiplies.
 
 Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query heads in G groups.
 """
@@ -486,14 +485,14 @@ def capture(model: Any, step: Callable[[], None]) -> Callable[[], None]:
 def without_python(decoder: Decoder) -> Callable[[], None]:
     """A decoder's step as a program, recorded once for all decoders of a model.
 
-    Forward hooks are called while it is recorded, and not again.
+    Forward hooks, and what else a model does in Python, run while it is recorded, and not again.
     """
     model, prefix, half = decoder.model, decoder.prefix, torch.is_autocast_enabled("cpu")
     packed = [layer for layer in model.modules() if getattr(layer, "packed", None) is not None]
     if half and not packed:  # a program would cast all weights for every token
         return decoder.step
-    # Where a step finds its tensors. A program is given all of them anew each time, the weights
-    # too: what it had recorded of them would not change with them.
+    # Where a step finds its tensors. A program is given them anew each time, the weights too: what
+    # it had recorded of them would not change with them.
     names = ("t", "since", "open", "slots", "rows", "alive", "ids", "entropy", "uniforms")
     places = [(vars(decoder), name) for name in names]
     places += [(vars(prefix), name) for name in ("mask", "position")]
@@ -513,8 +512,9 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
 
     def step() -> None:
         values = [owner[name] for owner, name in places]
-        # What is no tensor is recorded as it is.
-        kind = decoder.K, decoder.temperature, half, len(packed), dyme.draw
+        # What else it depends on is recorded as it is.
+        kind = (decoder.K, decoder.temperature, half, len(places), prefix.hidden.dtype,
+                tuple(decoder.end_ids.tolist()), decoder.pad_id, dyme.draw)
         programs = vars(model).setdefault("programs", Programs())
         if kind not in programs:
             # A recording takes the step: on copies, but for the cache, where writing the same twice

@@ -294,6 +294,12 @@ def test_a_copy_of_a_model_samples_by_its_own_weights(
     after = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
     assert after != before
     assert_same(after, dyme.rollout(policy, [inputs], uniforms, 4, 1.0))
+    policy.end_ids = after[0].ids[3:4]  # and by its own end tokens
+    assert_same(policy.rollout(policy, [inputs], uniforms, 4, 1.0),
+                dyme.rollout(policy, [inputs], uniforms, 4, 1.0))
+    policy.model.double()
+    assert_same(policy.rollout(policy, [inputs], uniforms, 4, 1.0),
+                dyme.rollout(policy, [inputs], uniforms, 4, 1.0))
 
 
 def test_no_second_copy_of_the_prompts_cache_is_kept_while_decoding(
