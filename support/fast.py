@@ -500,6 +500,10 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
     places += [(vars(layer), "packed") for layer in packed]
     places += [(m._parameters, name) for m in model.modules()
                for name, p in m._parameters.items() if p is not None]
+    # What else it depends on is recorded as it is.
+    kind = (decoder.K, decoder.temperature, half, len(places), prefix.hidden.dtype,
+            tuple(decoder.end_ids.tolist()), decoder.pad_id, dyme.draw)
+    programs = vars(model).setdefault("programs", Programs())
 
     def put(values: Iterable[Any]) -> None:
         for (owner, name), value in zip(places, values, strict=True):
@@ -512,10 +516,6 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
 
     def step() -> None:
         values = [owner[name] for owner, name in places]
-        # What else it depends on is recorded as it is.
-        kind = (decoder.K, decoder.temperature, half, len(places), prefix.hidden.dtype,
-                tuple(decoder.end_ids.tolist()), decoder.pad_id, dyme.draw)
-        programs = vars(model).setdefault("programs", Programs())
         if kind not in programs:
             # A recording takes the step: on copies, but for the cache, where writing the same twice
             # does no harm.
