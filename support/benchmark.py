@@ -108,8 +108,9 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example], K: int, T: 
     share = len(dyme.share(len(examples)))
     model, chunk = policy.model, examples[:min(cfg.micro_batch, share)]
     inputs = dyme.encode_prompts(policy, chunk, T)
-    rows = [p for p in range(len(chunk)) for _ in range(max(K, 1))]
-    sequences = [Sequence(p, [0] * T, 1.0, True) for p in rows]
+    # They all differ from their first token on: the fast path runs what they share once.
+    sequences = [Sequence(p, [k] * T, 1.0, True) for p in range(len(chunk)) for k in range(K or 1)]
+    prompts = [s.prompt for s in sequences]
     count = partial(FlopCounterMode, display=False, custom_mapping=FLOPS)
     with torch.no_grad(), policy.autocast():
         with count() as with_images:
@@ -117,7 +118,8 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example], K: int, T: 
         with count() as prompt:  # the fast path encodes images once: now they cost nothing
             dyme.encode_prefix(model, inputs)
     with count() as update:
-        policy.logprobs(policy, model, inputs, rows, sequences, 1.0)[0].sum().backward()
+        logprobs, _ = policy.logprobs(policy, model, inputs, prompts, sequences, 1.0)
+        logprobs.sum().backward()
     scale = share / len(chunk)
     floor = {name: scale * counter.get_total_flops() / flops_rate for name, counter in (
         ("vision", with_images), ("prompt", prompt), ("update", update))}
@@ -127,10 +129,10 @@ def step_floor(cfg: Config, policy: Policy, examples: list[Example], K: int, T: 
     towers = sum(p.numel() for tower in dyme.vision_towers(model) for p in tower.parameters())
     weights = model.num_parameters() - towers
     cache = sum(x.keys.numel() + x.values.numel() for x in prefix.cache.layers)
-    responses = cache / inputs["input_ids"].numel() * len(rows) * T / 2  # on average
+    responses = cache / inputs["input_ids"].numel() * len(sequences) * T / 2  # on average
     # For each token decoding reads weights and cache once, and multiplies all rows by the weights.
     read = weights + scale * (cache + responses)
-    products = 2 * weights * scale * len(rows)
+    products = 2 * weights * scale * len(sequences)
     return floor | {"decode": T * max(read / number_rate, products / flops_rate)}
 
 

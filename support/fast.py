@@ -4,11 +4,12 @@
 
 Values, sampled ids and gradients are those of dyme.py, up to rounding (test_fast.py). What differs:
 the K responses of a prompt share one copy of its keys and values, as one row of K parallel
-tokens when sampling, and packed end to end in the update; query heads that share keys do so
-without copies; images are encoded once for both; a step of decoding is recorded and replayed, on
-CUDA as a graph, on a CPU as TorchScript; on an x86 processor oneDNN multiplies.
+tokens when sampling, and in the update as a tree, in which what they begin with alike is run once;
+query heads that share keys do so without copies; images are encoded once for both; a step of
+decoding is recorded and replayed, on CUDA as a graph, on a CPU as TorchScript; on an x86 processor
+oneDNN multiplies.
 
-Shapes as in dyme.py; R packed rows of Q tokens, M tokens to predict; H query heads in G groups.
+Shapes as in dyme.py; R packed rows of Q tokens, M predictions; H query heads in G groups.
 """
 
 import contextlib
@@ -259,29 +260,35 @@ def merge(prefixes: list[Prefix], room: int, slots: Tensor) -> Prefix:
 
 def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: list[int],
                       sequences: list[Sequence], temperature: float) -> tuple[Tensor, Tensor]:
-    """`dyme.sequence_logprobs`, with sequences packed end to end after their prompt."""
-    device, targets = policy.device, [s.ids for s in sequences]
+    """`dyme.sequence_logprobs`, with the sequences of a prompt packed in rows, as trees."""
+    device = policy.device
     # Attention grows with the square of a row's length: it is kept no longer than the prompt.
     limit = inputs["input_ids"].shape[1]
-    row_prompts, rows, state_row, state_column = pack(prompts, targets, limit)
+    row_prompts, rows, states = pack(prompts, [s.ids for s in sequences], limit)
     packed = [torch.tensor(row, dtype=torch.long).view(len(row), 3) for row in rows]
-    ids, offsets, owner = pad_sequence(packed, batch_first=True).to(device).unbind(2)  # (R, Q) each
-    predicted = torch.tensor([*itertools.chain(*targets)], device=device)  # (M,)
-    at = torch.tensor([temperature if s.explore else 1.0 for s in sequences for _ in s.ids])  # (M,)
+    ids, offsets, ends = pad_sequence(packed, batch_first=True).to(device).unbind(2)  # (R, Q) each
+    # What several sequences predict from the same state is computed once: M log-probs for them all.
+    distinct: dict[tuple[int, int, int, bool], int] = {}
+    places = [torch.tensor([distinct.setdefault((*state, token, s.explore), len(distinct))
+                            for state, token in zip(states[n], s.ids, strict=True)])
+              for n, s in enumerate(sequences)]
+    state_row, state_column, predicted, sampled = zip(*distinct, strict=True)  # M each
 
     with policy.autocast():
         prefix = dyme.encode_prefix(model, inputs, torch.tensor(row_prompts, device=device))
-        states = prefix.hidden[:, None]  # (R, 1, D)
+        hidden = prefix.hidden[:, None]  # (R, 1, D)
         if ids.shape[1]:
-            # A token sees its prompt and its own sequence so far, not its neighbours.
-            visible = (owner[:, :, None] == owner[:, None, :]).tril()  # (R, Q, Q)
-            new = extend(model, prefix, ids, offsets, visible)
-            states = torch.cat([states, new], dim=1)  # (R, 1 + Q, D)
-        chosen = states[state_row, state_column]  # (M, D)
-        logprobs = token_logprobs(model, chosen, predicted, at.to(device))
-    lengths = [len(ids) for ids in targets]
-    mask = pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
-    return pad_sequence(logprobs.split(lengths), batch_first=True), mask.to(device)  # (N, T) each
+            # A token sees its prompt, itself, and the tokens before it that it follows in its tree.
+            column = torch.arange(ids.shape[1], device=device)[:, None]  # (Q, 1)
+            follows = (column < ends[:, None, :]).tril()  # (R, Q, Q)
+            new = extend(model, prefix, ids, offsets, follows)
+            hidden = torch.cat([hidden, new], dim=1)  # (R, 1 + Q, D)
+        at = torch.tensor([temperature if s else 1.0 for s in sampled], device=device)  # (M,)
+        logprobs = token_logprobs(model, hidden[state_row, state_column],
+                                  torch.tensor(predicted, device=device), at)
+    mask = pad_sequence([torch.ones_like(place) for place in places], batch_first=True).to(device)
+    place = pad_sequence(places, batch_first=True).to(device)  # (N, T)
+    return logprobs[place] * mask, mask
 
 
 def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tensor,
@@ -301,28 +308,40 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
     return torch.cat([again(*piece) for piece in pieces])
 
 
-def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[list, ...]:
-    """Lay sequences of ids that continue `prompts` end to end, in rows of up to `limit` tokens.
+def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[list, list, list]:
+    """Lay sequences of ids that continue `prompts` out as trees, in rows of up to `limit` tokens.
 
-    Returns the prompt of every row; its tokens, as id, distance from the prompt's end, and owner
-    (from 1 on: 0 is padding); and row and column of the state that predicts each of the M tokens.
+    Returns the prompt of every row; its tokens, as [id, distance from the prompt's end, column
+    after the last token that follows it]; and for each sequence the row and column of the state
+    that predicts each of its tokens.
     """
-    # So nothing is padded to the longest sequence, and sequences share a copy of their prompt.
+    # Sequences that begin alike share these tokens, and all share a copy of their prompt. A policy
+    # that is sure of itself samples the same several times. Nothing is padded to the longest.
     row_prompts: list[int] = []
-    rows: list[list[tuple[int, int, int]]] = []
-    state_row, state_column = [], []
-    for n, (prompt, ids) in enumerate(zip(prompts, sequences, strict=True), 1):
-        fed = ids[:-1]  # nothing is predicted from a sequence's last token
-        if not rows or row_prompts[-1] != prompt or len(rows[-1]) + len(fed) > limit:
-            row_prompts.append(prompt)
+    rows: list[list[list[int]]] = []
+    states: list[list[tuple[int, int]]] = [[] for _ in sequences]
+    path: list[int] = []  # where the tokens of the sequence before stand
+    before: list[int] = []
+    limit = max(limit, *(len(ids) - 1 for ids in sequences))  # all rows are padded to the longest
+    # In this order whatever a sequence shares with any before, it shares with the last.
+    for n in sorted(range(len(prompts)), key=lambda n: (prompts[n], sequences[n])):
+        fed = sequences[n][:-1]  # nothing is predicted from a sequence's last token
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, fed, strict=False))
+        shared = len([*pairs])
+        full = not rows or len(rows[-1]) + len(fed) - shared > limit
+        if full or row_prompts[-1] != prompts[n]:
+            row_prompts.append(prompts[n])
             rows.append([])
-        # Column 0 holds the prompt's last state, which predicts token 0. Token t is predicted by
-        # the state of token t - 1, which stands in column start + t.
-        start = len(rows[-1])
-        state_row += [len(rows) - 1] * len(ids)
-        state_column += [0, *range(start + 1, start + len(ids))]
-        rows[-1] += [(token, t, n) for t, token in enumerate(fed)]
-    return row_prompts, rows, state_row, state_column
+            shared = 0
+        row = rows[-1]
+        path = path[:shared] + [*range(len(row), len(row) + len(fed) - shared)]
+        row += [[token, t, 0] for t, token in enumerate(fed) if t >= shared]
+        for column in path:
+            row[column][2] = len(row)
+        # Column 0 of the states is the prompt's last, which predicts token 0.
+        states[n] = [(len(rows) - 1, column) for column in [0, *(c + 1 for c in path)]]
+        before = fed
+    return row_prompts, rows, states
 
 
 # ---- Attention: query heads that share keys and values, with a mask, without copies --------------

@@ -98,9 +98,11 @@ def test_the_loss_and_its_gradient_are_the_plain_ones(kind: str, micro_batch: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_log_probs_and_their_gradients_are_the_plain_ones(
         kind: str, limit: int, monkeypatch: Patch) -> None:
-    ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.randint(10, 60, (5, 6), generator=torch.Generator().manual_seed(3))
+    ids[3:, :3] = ids[2, :3]  # they begin alike
     owners, lengths, results, pack = [0, 0, 1, 1, 1], [6, 1, 4, 3, 6], [], fast.pack
-    sequences = [Sequence(0, row[:n], 0, True) for row, n in zip(ids, lengths, strict=True)]
+    sequences = [Sequence(0, row[:n].tolist(), 0, True)
+                 for row, n in zip(ids, lengths, strict=True)]
     monkeypatch.setattr(fast, "pack", lambda *args: pack(*args[:2], limit or args[2]))
     plain, faster = both(kind)
     inputs = pad_batch(make_prompts(kind)[:2])
@@ -116,15 +118,38 @@ def test_packed_log_probs_and_their_gradients_are_the_plain_ones(
 
 
 def test_packing_by_hand() -> None:
-    sequences = [[11, 12, 13, 14], [21, 22, 23], [31, 32, 33, 34], [41]]
-    row_prompts, rows, state_row, state_column = fast.pack([0, 0, 0, 2], sequences, limit=5)
-    assert row_prompts == [0, 0, 2]
-    assert rows == [[(11, 0, 1), (12, 1, 1), (13, 2, 1), (21, 0, 2), (22, 1, 2)],
-                    [(31, 0, 3), (32, 1, 3), (33, 2, 3)], []]  # last tokens are not fed
-    assert state_row == [0] * 7 + [1] * 4 + [2]
-    assert state_column == [0, 1, 2, 3, 0, 4, 5, 0, 1, 2, 3, 0]
-    long = [[*range(10)], [*range(10)]]
-    assert [len(row) for row in fast.pack([1, 1], long, limit=5)[1]] == [9, 9]  # too long for any
+    sequences = [[21, 22, 23], [11, 12, 13, 14], [11, 12, 15, 16], [31, 32, 33, 34, 35],
+                 [31, 41], [51], [11, 12, 13, 19]]
+    row_prompts, rows, states = fast.pack([0, 0, 0, 0, 2, 3, 0], sequences, limit=6)
+    assert row_prompts == [0, 0, 2, 3]
+    # 11 12 13 stand once; 15 follows 12; 21 is a tree of its own. Last tokens are not fed.
+    assert rows == [[[11, 0, 4], [12, 1, 4], [13, 2, 3], [15, 2, 4], [21, 0, 6], [22, 1, 6]],
+                    [[31, 0, 4], [32, 1, 4], [33, 2, 4], [34, 3, 4]], [[31, 0, 1]], []]
+    assert states == [[(0, 0), (0, 5), (0, 6)], [(0, 0), (0, 1), (0, 2), (0, 3)],
+                      [(0, 0), (0, 1), (0, 2), (0, 4)], [(1, n) for n in range(5)],
+                      [(2, 0), (2, 1)], [(3, 0)], [(0, 0), (0, 1), (0, 2), (0, 3)]]
+    long = [[*range(10)], [*range(1, 11)], [*range(5)]]  # longer than the limit: one in a row
+    assert [len(row) for row in fast.pack([1, 1, 1], long, limit=5)[1]] == [9, 9]
+
+
+def test_equal_beginnings_are_run_once_and_their_gradients_add_up() -> None:
+    sampled = [[20, 21, 22, 23], [20, 21, 22, 23], [20, 21, 25], [20, 30, 31, 32], [20, 21, 22]]
+    sequences = [Sequence(0, ids, 0, True) for ids in sampled]
+    sequences += [Sequence(0, [20, 21, 22, 23], 0, False)]  # a target is scored at temperature 1
+    inputs = pad_batch(make_prompts("idefics3")[:1])
+    results, fed = [], []
+    plain, faster = both("idefics3")
+    for policy in (plain, faster):
+        hook = policy.model.base_model.register_forward_pre_hook(
+            lambda _, __, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        logprobs, mask = policy.logprobs(policy, policy.model, inputs, [0] * 6, sequences, 0.7)
+        (logprobs * torch.linspace(-1, 2, 24).view(6, 4)).sum().backward()
+        results.append([logprobs, mask, gradients(policy.model)])
+        hook.remove()
+    assert fed[1] == 6 * 3 and fed[3] == 5  # 20 21 22 and 30 31
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert_close(results[0][2], results[1][2], 1e-5)
 
 
 def test_chunked_log_probs_and_their_gradients_are_those_of_one_chunk(tiny: Policy) -> None:
