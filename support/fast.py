@@ -39,7 +39,7 @@ from transformers.masking_utils import sdpa_mask
 
 import dyme
 from dyme import Inputs, Model, Policy, Prefix, Response, Samples, Sequence
-from support import parallel
+from support import parallel, runs
 
 
 def speed_up(policy: Policy) -> Policy:
@@ -539,10 +539,10 @@ def without_python(decoder: Decoder) -> Callable[[], None]:
             # A recording takes the step: on copies, but for the cache, where writing the same twice
             # does no harm.
             tensors = [*map(torch.as_tensor, values)]
-            programs[kind] = None  # for good, if an interrupt comes in between
-            programs[kind] = record(run, [x.clone() for x in tensors[:len(names)]]
-                                    + tensors[len(names):])
-            put(values)
+            with runs.interrupts_held():  # a recording cut short can bring PyTorch down later
+                programs[kind] = record(run, [x.clone() for x in tensors[:len(names)]]
+                                        + tensors[len(names):])
+                put(values)
         if programs[kind] is None:
             decoder.step()
         else:

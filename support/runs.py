@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
@@ -486,6 +487,18 @@ def signals_handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let a signal to stop wait for the end of a block."""
+    received: list[int] = []
+    here = threading.current_thread() is threading.main_thread()  # no other thread gets signals
+    hold = signals_handled(lambda number, _: received.append(number))
+    with hold if here else contextlib.nullcontext():
+        yield
+    for number in received[:1]:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager

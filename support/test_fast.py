@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import runpy
+import signal
 import timeit
 import weakref
 from pathlib import Path
@@ -304,6 +305,28 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(
         logits, uniform, temperature if uniform[0] < 0.5 else 0.0))
     ours = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
     assert ours != recorded
+    assert_same(ours, dyme.rollout(tiny, [inputs], uniforms, 4, 1.0))
+
+
+def test_ctrl_c_waits_for_the_end_of_a_recording(
+        tiny: Policy, examples: list[Example], monkeypatch: Patch) -> None:
+    policy = fast.speed_up(dataclasses.replace(tiny, model=copy.deepcopy(tiny.model)))
+    weights, step, recorded = [*policy.model.parameters()], fast.Decoder.step, []
+    uniforms = dyme.keyed_uniforms(0, 0, range(2), 4, 24)
+    inputs = dyme.encode_prompts(policy, examples[:2], room=24)
+
+    def interrupted_step(decoder: fast.Decoder) -> None:
+        signal.raise_signal(signal.SIGINT)
+        step(decoder)
+        recorded.append(True)
+
+    monkeypatch.setattr(fast.Decoder, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    assert recorded == [True]
+    assert all(p is before for p, before in zip(policy.model.parameters(), weights, strict=True))
+    ours = policy.rollout(policy, [inputs], uniforms, 4, 1.0)
+    assert recorded == [True]  # the recording is whole, and is used
     assert_same(ours, dyme.rollout(tiny, [inputs], uniforms, 4, 1.0))
 
 
