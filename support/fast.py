@@ -265,13 +265,13 @@ def sequence_logprobs(policy: Policy, model: Model, inputs: Inputs, prompts: lis
     # Attention grows with the square of a row's length: it is kept no longer than the prompt.
     limit = inputs["input_ids"].shape[1]
     row_prompts, rows, states = pack(prompts, [s.ids for s in sequences], limit)
-    packed = [torch.tensor(row, dtype=torch.long).view(len(row), 3) for row in rows]
+    packed = [torch.tensor(row, dtype=torch.long).T for row in rows]
     ids, offsets, ends = pad_sequence(packed, batch_first=True).to(device).unbind(2)  # (R, Q) each
     # What several sequences predict from the same state is computed once: M log-probs for them all.
     distinct: dict[tuple[int, int, int, bool], int] = {}
-    places = [torch.tensor([distinct.setdefault((*state, token, s.explore), len(distinct))
-                            for state, token in zip(states[n], s.ids, strict=True)])
-              for n, s in enumerate(sequences)]
+    places = [torch.tensor([distinct.setdefault((row, column, token, s.explore), len(distinct))
+                            for column, token in zip(columns, s.ids, strict=True)])
+              for (row, columns), s in zip(states, sequences, strict=True)]
     state_row, state_column, predicted, sampled = zip(*distinct, strict=True)  # M each
 
     with policy.autocast():
@@ -311,15 +311,15 @@ def token_logprobs(model: Model, hidden: Tensor, ids: Tensor, temperature: Tenso
 def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[list, list, list]:
     """Lay sequences of ids that continue `prompts` out as trees, in rows of up to `limit` tokens.
 
-    Returns the prompt of every row; its tokens, as [id, distance from the prompt's end, column
-    after the last token that follows it]; and for each sequence the row and column of the state
-    that predicts each of its tokens.
+    Returns the prompt of every row; its tokens: their ids, distances from the prompt's end, and the
+    column after the last that follows each; and of every sequence the row and the columns of the
+    states that predict its tokens.
     """
     # Sequences that begin alike share these tokens, and all share a copy of their prompt. A policy
     # that is sure of itself samples the same several times. Nothing is padded to the longest.
     row_prompts: list[int] = []
-    rows: list[list[list[int]]] = []
-    states: list[list[tuple[int, int]]] = [[] for _ in sequences]
+    rows: list[tuple[list[int], list[int], list[int]]] = []
+    states: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)
     path: list[int] = []  # where the tokens of the sequence before stand
     before: list[int] = []
     limit = max(limit, *(len(ids) - 1 for ids in sequences))  # all rows are padded to the longest
@@ -327,19 +327,21 @@ def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[li
     for n in sorted(range(len(prompts)), key=lambda n: (prompts[n], sequences[n])):
         fed = sequences[n][:-1]  # nothing is predicted from a sequence's last token
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, fed, strict=False))
-        shared = len([*pairs])
-        full = not rows or len(rows[-1]) + len(fed) - shared > limit
+        shared = sum(1 for _ in pairs)
+        full = not rows or len(rows[-1][0]) + len(fed) - shared > limit
         if full or row_prompts[-1] != prompts[n]:
             row_prompts.append(prompts[n])
-            rows.append([])
+            rows.append(([], [], []))
             shared = 0
-        row = rows[-1]
-        path = path[:shared] + [*range(len(row), len(row) + len(fed) - shared)]
-        row += [[token, t, 0] for t, token in enumerate(fed) if t >= shared]
+        ids, offsets, ends = rows[-1]
+        path = path[:shared] + [*range(len(ids), len(ids) + len(fed) - shared)]
+        ids += fed[shared:]
+        offsets += range(shared, len(fed))
+        ends += [0] * (len(fed) - shared)
         for column in path:
-            row[column][2] = len(row)
+            ends[column] = len(ids)
         # Column 0 of the states is the prompt's last, which predicts token 0.
-        states[n] = [(len(rows) - 1, column) for column in [0, *(c + 1 for c in path)]]
+        states[n] = (len(rows) - 1, [0, *(column + 1 for column in path)])
         before = fed
     return row_prompts, rows, states
 

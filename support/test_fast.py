@@ -124,13 +124,13 @@ def test_packing_by_hand() -> None:
     row_prompts, rows, states = fast.pack([0, 0, 0, 0, 2, 3, 0], sequences, limit=6)
     assert row_prompts == [0, 0, 2, 3]
     # 11 12 13 stand once; 15 follows 12; 21 is a tree of its own. Last tokens are not fed.
-    assert rows == [[[11, 0, 4], [12, 1, 4], [13, 2, 3], [15, 2, 4], [21, 0, 6], [22, 1, 6]],
-                    [[31, 0, 4], [32, 1, 4], [33, 2, 4], [34, 3, 4]], [[31, 0, 1]], []]
-    assert states == [[(0, 0), (0, 5), (0, 6)], [(0, 0), (0, 1), (0, 2), (0, 3)],
-                      [(0, 0), (0, 1), (0, 2), (0, 4)], [(1, n) for n in range(5)],
-                      [(2, 0), (2, 1)], [(3, 0)], [(0, 0), (0, 1), (0, 2), (0, 3)]]
+    assert rows == [
+        ([11, 12, 13, 15, 21, 22], [0, 1, 2, 2, 0, 1], [4, 4, 3, 4, 6, 6]),
+        ([31, 32, 33, 34], [0, 1, 2, 3], [4, 4, 4, 4]), ([31], [0], [1]), ([], [], [])]
+    assert states == [(0, [0, 5, 6]), (0, [0, 1, 2, 3]), (0, [0, 1, 2, 4]), (1, [0, 1, 2, 3, 4]),
+                      (2, [0, 1]), (3, [0]), (0, [0, 1, 2, 3])]
     long = [[*range(10)], [*range(1, 11)], [*range(5)]]  # longer than the limit: one in a row
-    assert [len(row) for row in fast.pack([1, 1, 1], long, limit=5)[1]] == [9, 9]
+    assert [len(ids) for ids, *_ in fast.pack([1, 1, 1], long, limit=5)[1]] == [9, 9]
 
 
 def test_equal_beginnings_are_run_once_and_their_gradients_add_up() -> None:
