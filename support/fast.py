@@ -315,19 +315,21 @@ def pack(prompts: list[int], sequences: list[list[int]], limit: int) -> tuple[li
     column after the last that follows each; and of every sequence the row and the columns of the
     states that predict its tokens.
     """
-    # Sequences that begin alike share these tokens, and all share a copy of their prompt. A policy
-    # that is sure of itself samples the same several times. Nothing is padded to the longest.
+    # Sequences that begin alike share these tokens, and those of a row a copy of their prompt. A
+    # policy that is sure of itself samples the same several times.
     row_prompts: list[int] = []
     rows: list[tuple[list[int], list[int], list[int]]] = []
     states: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)
     path: list[int] = []  # where the tokens of the sequence before stand
     before: list[int] = []
-    limit = max(limit, *(len(ids) - 1 for ids in sequences))  # all rows are padded to the longest
+    # All rows will be padded to the longest: as long as that they may be in any case.
+    limit = max(limit, *(len(ids) - 1 for ids in sequences))
     # In this order whatever a sequence shares with any before, it shares with the last.
     for n in sorted(range(len(prompts)), key=lambda n: (prompts[n], sequences[n])):
         fed = sequences[n][:-1]  # nothing is predicted from a sequence's last token
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, fed, strict=False))
-        shared = sum(1 for _ in pairs)
+        shared = 0
+        while shared < min(len(before), len(fed)) and before[shared] == fed[shared]:
+            shared += 1
         full = not rows or len(rows[-1][0]) + len(fed) - shared > limit
         if full or row_prompts[-1] != prompts[n]:
             row_prompts.append(prompts[n])
